@@ -1,0 +1,387 @@
+"""The recipe: every setting of a run, its type, its default and its rule. Nothing else in the package has defaults."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: names the rule, the values seen and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: Path = Path("runs/dcpo")
+    """Run folder: resolved recipe, metrics, checkpoints, samples, report."""
+    seed: int = 1
+    """Seed of prompts, engine sampling and weight initialisation."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cuda: nccl and GPUs. cpu: gloo and Ray's logical devices; the same code."""
+    ray_address: str | None = None
+    """None: join the job's cluster if one is announced (RAY_ADDRESS), else start a local one."""
+    logical_devices: Positive = 8
+    """Devices of the local cluster that a run on cpu starts by itself."""
+    startup_timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds until engines and actors must be ready."""
+    shutdown_timeout: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds that actors and engines are given to end after a signal; they are killed then."""
+
+
+class Model(Section):
+    path: Path
+    """Hugging Face model folder (config.json, safetensors, tokenizer)."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Working weights. bf16 keeps fp32 main weights in the optimizer."""
+    layers: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Layer implementation; auto takes Transformer Engine on cuda where it is installed."""
+    vocab_multiple: Positive = 128
+    """The vocabulary is padded to a multiple of this times the tensor parallel size; padded rows are masked."""
+    trust_remote_code: bool = False
+
+
+class Task(Section):
+    kind: Literal["jsonl", "arithmetic"] = "jsonl"
+    train: Path | None = None
+    """JSONL of training problems: {"id", "problem", "answer", "source"} (kind jsonl)."""
+    heldout: Path | None = None
+    """JSONL of held-out problems for evaluation (kind jsonl); None: no evaluation."""
+    level: Annotated[int, Field(ge=1)] = 1
+    """Difficulty of the built-in arithmetic."""
+    template: str = "boxed_think"
+    """Name of a prompt template in tasks.py, or a text with {problem} in it."""
+    system: str | None = None
+    chat: bool = True
+    """Wrap the prompt with the tokenizer's chat template as one user turn."""
+
+
+class Reward(Section):
+    extractor: Literal["boxed", "last_integer"] = "boxed"
+    """Where the answer stands in a response: the last \\boxed{}, or the last integer."""
+    workers: Positive = 4
+    """Grader processes."""
+    deadline: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds for one comparison; then 0, a counted event and a fresh worker."""
+
+
+class Method(Section):
+    name: str = "dcpo"
+    """Row of objectives.METHODS."""
+    mixing: Literal["convex", "additive"] = "convex"
+    """convex: (1-w) A + w rho R, w = alpha/(1+alpha) (authors' code). additive: A + alpha rho R (Eq. 7)."""
+    target_entropy: Annotated[float, Field(ge=0)] = 0.25
+    """H_0 [nats/token], entropy set-point (Table 5's best)."""
+    temperature_low: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """T of the target policy while entropy is at or above H_0."""
+    temperature_high: Annotated[float, Field(ge=1)] = 1.2
+    """T of the target policy while entropy is below H_0."""
+    temperature_rule: Literal["switch", "continuous"] = "switch"
+    alpha_schedule: Literal["reference", "paper", "constant", "pi"] = "reference"
+    alpha_max: Annotated[float, Field(ge=0)] = 0.1
+    """reference: cap of |H_0 - H| before the division by the success rate. constant: alpha itself."""
+    entropy_source: Literal["exact", "lagged_sampled"] = "exact"
+    """exact: this batch, over the vocabulary. lagged_sampled: the previous update's -mean log pi (authors' code)."""
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.015
+    """lambda of entropy_reg; unused by the other methods."""
+    entropy_adv_beta: Annotated[float, Field(ge=0)] = 0.4
+    entropy_adv_kappa: Annotated[float, Field(gt=0)] = 2.0
+
+
+class Loss(Section):
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Lower bound factor for negative advantages (3.0 in the authors' code); None: off, as in the paper."""
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+
+
+class Optimizer(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up; linear and cosine end at min_learning_rate at the last update."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Bound of the global gradient norm."""
+
+
+class Train(Section):
+    steps: Positive = 100
+    """Rollout steps."""
+    prompts_per_step: Positive = 512
+    prompts_per_update: Positive = 128
+    """Prompts of one optimizer step; prompts_per_step / prompts_per_update updates a step."""
+    group_size: Annotated[int, Field(ge=1)] = 8
+    """G, responses per prompt."""
+    micro_batch_size: Positive = 8
+    """Rows of one forward/backward on one data-parallel rank."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation of megatron-core."""
+
+
+class Parallel(Section):
+    nodes: Positive = 1
+    devices_per_node: Positive = 8
+    """Training devices on each node (logical ones on cpu)."""
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    context: Positive = 1
+    expert: Positive = 1
+    sequence_parallel: bool = False
+    """Split activations along the sequence over the tensor ranks between the matrix multiplies."""
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size: devices / (tensor * pipeline * context)."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+
+class Rollout(Section):
+    engines: Positive = 8
+    tensor_parallel: Positive = 1
+    max_prompt_tokens: Positive = 2048
+    max_new_tokens: Positive = 8192
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Below 1 the sampler is no longer pi_old and E[rho] != 1."""
+    dtype: Literal["bfloat16", "float32", "auto"] = "auto"
+    """Engine weights; auto follows model.dtype."""
+    gpu_memory_utilization: Fraction = 0.85
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    """Skip graph capture; always on on cpu."""
+    max_sequences: Positive | None = None
+    """Sequences one engine decodes at a time; None: vLLM's default."""
+    cpu_kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    cpu_threads: Positive | None = None
+    """Threads of one engine on cpu; None: all cores divided by the engines."""
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds for one batch of responses before the run is ended with an error."""
+
+    @property
+    def context(self) -> int:
+        return self.max_prompt_tokens + self.max_new_tokens
+
+
+class WeightSync(Section):
+    transport: Literal["auto", "nccl", "ipc", "gloo", "shared_memory"] = "auto"
+    """auto: nccl on cuda, shared_memory on cpu on one node, gloo on cpu on several."""
+    deadline: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds for one sync before it is an error."""
+    verify: bool = True
+    """Compare checksums of what was sent and what arrived."""
+
+
+class Evaluation(Section):
+    problems: Annotated[int, Field(ge=0)] = 256
+    """Held-out problems evaluated before and after training (at most); 0: none."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Also evaluate each this many steps; 0: only before and after."""
+    temperature: Annotated[float, Field(ge=0)] = 0.1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    samples: Positive = 1
+
+
+class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: none but the final one."""
+    final: bool = True
+    """Write a Megatron checkpoint after the last step."""
+    export_hf: bool = True
+    """Write a Hugging Face folder after the last step."""
+
+
+class Monitor(Section):
+    mismatch_bound: Annotated[float, Field(gt=0)] = 0.01
+    """Alert above this mean |p_trainer - p_engine| (verl: < 0.005 is normal, > 0.01 is bad)."""
+    on_policy_only: bool = True
+    """Refuse rollouts that were made with other weights than the trainer's."""
+    tensorboard: bool = True
+    samples_per_step: Annotated[int, Field(ge=0)] = 8
+    """Responses written to samples/ at each step."""
+
+
+class Recipe(Section):
+    """Every setting of a run. A recipe file lists only what differs from these defaults (the paper's settings)."""
+
+    run: Run = Run()
+    model: Model
+    task: Task = Task()
+    reward: Reward = Reward()
+    method: Method = Method()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    rollout: Rollout = Rollout()
+    weight_sync: WeightSync = WeightSync()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+
+    @property
+    def transport(self) -> str:
+        if self.weight_sync.transport != "auto":
+            return self.weight_sync.transport
+        if self.run.device == "cuda":
+            return "nccl"
+        return "shared_memory" if self.parallel.nodes == 1 else "gloo"
+
+    @property
+    def engine_dtype(self) -> str:
+        if self.rollout.dtype != "auto":
+            return self.rollout.dtype
+        return {"bf16": "bfloat16", "fp32": "float32"}[self.model.dtype]
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.train.prompts_per_step // self.train.prompts_per_update
+
+    @model_validator(mode="after")
+    def _cross_field_rules(self) -> "Recipe":
+        broken = [text for holds, text in _rules(self) if not holds]
+        if broken:
+            raise ValueError("\n".join(broken))
+        return self
+
+
+def _rules(r: Recipe) -> list[tuple[bool, str]]:
+    """(does the rule hold, what to say if not) for each rule between fields."""
+    p, t = r.parallel, r.train
+    split = p.tensor * p.pipeline * p.context
+    rows = t.prompts_per_update * t.group_size
+    data = max(p.data, 1)
+    return [
+        (
+            t.group_size >= 2,
+            f"train.group_size = {t.group_size} must be at least 2: the advantage of a group of one is undefined; raise it (8 in the paper)",
+        ),
+        (
+            t.prompts_per_step % t.prompts_per_update == 0,
+            f"train.prompts_per_step = {t.prompts_per_step} must be a multiple of train.prompts_per_update = {t.prompts_per_update}; change one of them",
+        ),
+        (
+            p.world_size % split == 0,
+            f"parallel.tensor * pipeline * context = {p.tensor} * {p.pipeline} * {p.context} = {split} must divide nodes * devices_per_node = "
+            f"{p.nodes} * {p.devices_per_node} = {p.world_size}; lower one of them",
+        ),
+        (
+            rows % data == 0,
+            f"train.prompts_per_update * group_size = {t.prompts_per_update} * {t.group_size} = {rows} rows must divide evenly over "
+            f"{data} data-parallel ranks; change prompts_per_update or the mesh",
+        ),
+        (
+            not p.sequence_parallel or p.tensor > 1,
+            f"parallel.sequence_parallel needs parallel.tensor > 1, got {p.tensor}; turn it off or raise tensor",
+        ),
+        (
+            r.task.kind != "jsonl" or r.task.train is not None,
+            "task.kind = jsonl needs task.train, a JSONL file of problems; name one or set task.kind=arithmetic",
+        ),
+        (
+            r.run.device == "cpu" or r.transport in ("nccl", "ipc"),
+            f"weight_sync.transport = {r.transport} is for run.device = cpu; use nccl or ipc on cuda",
+        ),
+        (
+            r.run.device == "cuda" or r.transport in ("gloo", "shared_memory"),
+            f"weight_sync.transport = {r.transport} needs run.device = cuda; use gloo or shared_memory on cpu",
+        ),
+        (
+            r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
+            f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; use linear or cosine",
+        ),
+    ]
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The validated recipe in `path` with `overrides` ("section.key=value", typed by the schema) applied.
+
+    Raises RecipeError naming every violation: unknown keys with their path and the nearest known name, wrong types, broken rules.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"--recipe {path}: no such file; recipes/ holds the ones that ship")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(e)) for e in error.errors()]
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in "\n".join(lines).splitlines())) from None
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that load_recipe reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise RecipeError(f"override {override!r}: the form is section.key=value, for example train.steps=10")
+    section, name = parts
+    field = Recipe.model_fields.get(section)
+    if field is None:
+        raise RecipeError(f"override {override!r}: no section {section!r}{_nearest(section, Recipe.model_fields)}")
+    fields = typing.cast(type[Section], field.annotation).model_fields
+    if name not in fields:
+        raise RecipeError(f"override {override!r}: no key {section}.{name}{_nearest(name, fields)}")
+    if not isinstance(values.setdefault(section, {}), dict):
+        raise RecipeError(f"section {section!r} must be a mapping, got {values[section]!r}")
+    values[section][name] = _typed(text, fields[name].annotation)
+
+
+def _typed(text: str, annotation: Any) -> Any:
+    """The override's text as YAML reads it, or unchanged where the schema wants text (so that 007 stays 007)."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if text == "null" and type(None) in options:
+        return None
+    if str in options or Path in options:
+        return text
+    return yaml.safe_load(text)
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *path, name = error["loc"]
+        model: Any = Recipe
+        for part in path:
+            model = model.model_fields[part].annotation
+        return f"unknown key {where}{_nearest(str(name), model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{where} is required; set it in the recipe or as {where}=VALUE"
+    if not where:  # a rule between fields speaks for itself
+        return error["msg"].removeprefix("Value error, ")
+    return f"{where} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
