@@ -1,0 +1,75 @@
+# make setup   build .venv from the CPU lock file        make check   format, lint, types
+# make demo    train SmolLM2-135M with DCPO, here        make bench   the benchmarks in tools/bench
+# make test    the test suite                            make lock    resolve both lock files again
+# Variables: PYTHON=python3.11, TORCH_INDEX=URL of the index that holds torch's CPU wheels, ARGS=more arguments of the command.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench lock clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+ARGS ?=
+BIN := .venv/bin
+CPU_LOCK := docker/requirements-cpu.lock
+GPU_LOCK := docker/requirements-gpu.lock
+STAMP := .venv/.installed
+
+# uv does not read pip's variables; a machine set up for pip should do.
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+ifneq ($(PIP_INDEX_URL),)
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+# Every version is pinned, so the best match over all indexes is the same package wherever it is found.
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps \
+  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
+
+# Nothing here talks to a model hub or reports usage. Threads that wait must not spin: the cores are shared.
+RUN_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
+  TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 PYTHONUNBUFFERED=1
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+
+setup: $(STAMP)
+
+$(STAMP): $(CPU_LOCK) pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "setup needs Python 3.11, found '$(PYTHON)' ($$("$(PYTHON)" --version 2>&1)); install it or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@cache="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || \
+	  { echo "setup needs a writable cache folder, found '$$cache' (HOME='$$HOME'); set HOME or XDG_CACHE_HOME to a folder you may write" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet "$$(grep '^uv==' $(CPU_LOCK))"
+	DS_BUILD_OPS=0 $(UV_INSTALL) -r $(CPU_LOCK) || \
+	  { echo "If torch==...+cpu was not found: make setup TORCH_INDEX=URL, with the index of torch's CPU wheels (see README)" >&2; exit 1; }
+	$(UV_INSTALL) --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(RUN_ENV) $(BIN)/python -m tools.demo $(ARGS)
+
+test: setup
+	$(RUN_ENV) $(BIN)/python -m pytest -q $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: setup
+	$(RUN_ENV) $(BIN)/python -m tools.bench $(ARGS)
+
+# UPGRADE=1 moves to the newest versions allowed. The GPU set is resolved without local wheels: torch+cpu would satisfy torch==2.13.0.
+LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28 $(if $(UPGRADE),--upgrade)
+lock: setup
+	$(LOCK) --extra cpu --extra dev --excludes docker/excludes-cpu.txt -o $(CPU_LOCK) \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
+	  --custom-compile-command "make lock  (CPU, Linux x86_64, Python 3.11; the tested set)" > /dev/null
+	env -u UV_FIND_LINKS $(LOCK) --extra gpu --extra te --extra dev -o $(GPU_LOCK) \
+	  --custom-compile-command "make lock  (CUDA 13, Linux x86_64, Python 3.11; resolved only, NOT RUN by us yet)" > /dev/null
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
