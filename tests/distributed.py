@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 # A server process that has imported torch and started no thread is forked for every rank:
 # tens of milliseconds a rank instead of the seconds that a fresh interpreter takes.
@@ -25,10 +26,10 @@ _GRACE_SECONDS = 2.0
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """[fn(rank, world_size, *args) for every rank], each in its own process inside one gloo process group.
 
-    fn is a module-level function; args and results must pickle (tensors do). Raises RuntimeError with rank and traceback
-    when a rank fails or dies, and TimeoutError after `timeout` seconds; no process is left behind.
+    fn is a module-level function; args and results must pickle (tensors do). Raises RuntimeError with rank and
+    traceback when a rank fails or dies, and TimeoutError after `timeout` seconds; no process is left behind.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     payload = pickle.dumps((fn, args))
     processes, pipes = [], []
     try:
@@ -95,13 +96,13 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         limit = timedelta(seconds=timeout)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         fn, args = pickle.loads(payload)
         report = pickle.dumps((True, fn(rank, world_size, *args)))
         if dist.is_initialized():  # fn may have taken it down itself
             dist.barrier()  # nobody leaves while another rank still reads from it
-    except BaseException:  # whatever it is, the parent raises it
+    except BaseException:
         report = pickle.dumps((False, traceback.format_exc()))
     sender.send_bytes(report)
     if dist.is_initialized():
