@@ -1,0 +1,221 @@
+"""Entropy controller: the entropy of the batch and its success rate -> temperature T and weight alpha.
+
+Floats and the standard library only; formulas: DCPO (arXiv 2601.12730, Table 6) and its authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+AlphaSchedule = Literal["reference", "paper", "constant", "pi"]
+TemperatureRule = Literal["switch", "continuous"]
+EntropySource = Literal["exact", "lagged_sampled"]
+
+
+class ControllerDecision(NamedTuple):
+    """What one training step uses."""
+
+    entropy: float
+    """H the decision rests on [nats/token]; not the exact entropy of this batch under `lagged_sampled`."""
+    temperature: float
+    """T of the tempered policy."""
+    alpha: float
+    """Weight of the regulariser before mixing, >= 0."""
+
+
+class EntropyController:
+    """T = T_high if H < H_0 else T_low, and alpha(abs(H_0 - H), success rate) >= 0.
+
+    T alone carries the direction: T > 1 raises the entropy and T < 1 lowers it for alpha > 0, so a signed alpha
+    would be a double negation that runs away from H_0.
+    `temperature` and `alpha` answer for a given entropy; `step` also advances the state (lag, integral).
+    """
+
+    def __init__(
+        self,
+        *,
+        target_entropy: float,
+        temperature_low: float,
+        temperature_high: float,
+        alpha_schedule: AlphaSchedule = "reference",
+        alpha_max: float = 0.1,
+        temperature_rule: TemperatureRule = "switch",
+        alpha_constant: float | None = None,
+        alpha_gain: float = 0.1,
+        proportional_gain: float = 0.5,
+        integral_gain: float = 0.02,
+        integral_band: float = 0.2,
+        entropy_source: EntropySource = "exact",
+    ) -> None:
+        """Values are checked, never changed; raises ValueError with the rule, the values and the remedy.
+
+        target_entropy: H_0 [nats/token].  alpha_max: cap of `reference` and `pi`, before the division by the success rate.
+        alpha_constant: alpha of `constant`.  alpha_gain: the 0.1 of `paper` [1/nat].
+        proportional_gain [1/nat], integral_gain [1/(nat step)], integral_band [nats/token]: `pi` alone.
+        """
+        numbers = {
+            "target_entropy": target_entropy,
+            "alpha_max": alpha_max,
+            "alpha_gain": alpha_gain,
+            "proportional_gain": proportional_gain,
+            "integral_gain": integral_gain,
+            "integral_band": integral_band,
+        }
+        for name, value in numbers.items():
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be finite and >= 0, got {value}; give a number >= 0")
+        if not (0.0 < temperature_low <= 1.0 <= temperature_high < math.inf):
+            raise ValueError(
+                "temperatures must satisfy 0 < temperature_low <= 1 <= temperature_high < inf, got "
+                f"temperature_low = {temperature_low}, temperature_high = {temperature_high}; "
+                "above 1 raises the entropy and below 1 lowers it, so keep one on each side"
+            )
+        _require_choice("alpha_schedule", alpha_schedule, get_args(AlphaSchedule))
+        _require_choice("temperature_rule", temperature_rule, get_args(TemperatureRule))
+        _require_choice("entropy_source", entropy_source, get_args(EntropySource))
+        if (alpha_schedule == "constant") != (alpha_constant is not None):
+            raise ValueError(
+                "alpha_constant belongs to alpha_schedule 'constant' and to no other, got "
+                f"alpha_schedule = {alpha_schedule!r}, alpha_constant = {alpha_constant}; set both or neither"
+            )
+        if alpha_constant is not None and not (math.isfinite(alpha_constant) and alpha_constant >= 0.0):
+            raise ValueError(
+                f"alpha_constant must be finite and >= 0, got {alpha_constant}; T carries the sign, not alpha"
+            )
+        if alpha_schedule == "pi" and temperature_rule != "switch":
+            raise ValueError(
+                f"alpha_schedule 'pi' needs temperature_rule 'switch', got {temperature_rule!r}: the continuous rule "
+                "has T = 1 at H_0, where no alpha can hold the entropy; use 'switch'"
+            )
+
+        self.target_entropy = target_entropy
+        self.temperature_low = temperature_low
+        self.temperature_high = temperature_high
+        self.alpha_schedule: AlphaSchedule = alpha_schedule
+        self.alpha_max = alpha_max
+        self.temperature_rule: TemperatureRule = temperature_rule
+        self.alpha_constant = alpha_constant
+        self.alpha_gain = alpha_gain
+        self.proportional_gain = proportional_gain
+        self.integral_gain = integral_gain
+        self.integral_band = integral_band
+        self.entropy_source: EntropySource = entropy_source
+
+        self.no_success_count = 0
+        """Calls of `alpha` without a single correct answer; alpha was 0 there."""
+        self.lagged_entropy = 0.0
+        """Sampled entropy of the previous step [nats/token]; 0 before the first, as in the authors' code."""
+        self.integral = 0.0
+        """Integral part of `pi`, in units of alpha, within [-alpha_max, alpha_max]."""
+
+    def temperature(self, entropy: float) -> float:
+        """T_high if H < H_0 else T_low; continuous: clip(1 + H_0 - H, T_low, T_high); pi: the sign of its output.
+
+        entropy [nats/token].  Raises ValueError unless it is finite.  Source: method.md of the paper's Sec. 4 switch.
+        """
+        error = self._error(entropy)
+        if self.temperature_rule == "continuous":
+            return min(max(1.0 + error, self.temperature_low), self.temperature_high)
+        drive = self._pi_output(error) if self.alpha_schedule == "pi" else error
+        return self.temperature_high if drive > 0.0 else self.temperature_low
+
+    def alpha(self, entropy: float, success_rate: float) -> float:
+        """alpha >= 0 before mixing: reference min(abs(H_0 - H), alpha_max) / success_rate; see `_SCHEDULES`.
+
+        entropy [nats/token], success_rate in [0, 1].  No correct answer: 0.0, counted in `no_success_count`
+        (the authors' code divides by zero).  Raises ValueError for values out of range or not finite.
+        """
+        error = self._error(entropy)
+        if not 0.0 <= success_rate <= 1.0:
+            raise ValueError(
+                f"success_rate must lie in [0, 1], got {success_rate}; it is the mean of rewards in {{0, 1}}"
+            )
+        if success_rate == 0.0:
+            self.no_success_count += 1
+            return 0.0
+        return _SCHEDULES[self.alpha_schedule](self, error, success_rate)
+
+    def step(self, exact_entropy: float, sampled_entropy: float, success_rate: float) -> ControllerDecision:
+        """(H, T, alpha) of this training step; advances the lag and the integral. Call once a step.
+
+        Both entropies [nats/token]: the exact one of pi_old, and -mean log pi of the sampled tokens.
+        """
+        self._error(exact_entropy), self._error(sampled_entropy)  # one bad value must not enter the state
+        entropy = exact_entropy if self.entropy_source == "exact" else self.lagged_entropy
+        decision = ControllerDecision(entropy, self.temperature(entropy), self.alpha(entropy, success_rate))
+        self.lagged_entropy = sampled_entropy
+        if self.alpha_schedule == "pi" and success_rate > 0.0:
+            self.integral = self._next_integral(self.target_entropy - entropy)
+        return decision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `step` carries from one call to the next."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`; raises ValueError when its keys differ."""
+        if set(state) != set(_STATE):
+            raise ValueError(
+                f"controller state must have the keys {sorted(_STATE)}, got {sorted(state)}; "
+                "load a checkpoint of this version"
+            )
+        for name, kind in _STATE.items():
+            setattr(self, name, kind(state[name]))
+
+    def _error(self, entropy: float) -> float:
+        """H_0 - H [nats/token]."""
+        if not math.isfinite(entropy):
+            raise ValueError(f"entropy must be finite, got {entropy}; look at the logits of the batch it came from")
+        return self.target_entropy - entropy
+
+    def _pi_output(self, error: float) -> float:
+        """u = clip(k_p e + I', -alpha_max, alpha_max); alpha = abs(u), and sign(u) chooses T."""
+        output = self.proportional_gain * error + self._next_integral(error)
+        return min(max(output, -self.alpha_max), self.alpha_max)
+
+    def _next_integral(self, error: float) -> float:
+        """I' = I + k_i e inside the band and while u is not saturated, else I (anti-windup)."""
+        # Far from H_0 the integral would grow to a value that only an overshoot can unwind.
+        proposed = self.integral + self.integral_gain * error
+        saturated = abs(self.proportional_gain * error + proposed) > self.alpha_max
+        winding_up = saturated and error * (self.proportional_gain * error + proposed) > 0.0
+        if abs(error) > self.integral_band or winding_up:
+            return self.integral
+        return min(max(proposed, -self.alpha_max), self.alpha_max)
+
+
+def _reference_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
+    """min(abs(H_0 - H), alpha_max) / success_rate (the authors' code)."""
+    return min(abs(error), controller.alpha_max) / success_rate
+
+
+def _paper_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
+    """0.1 abs(H_0 - H) / success_rate (Table 6, in absolute value)."""
+    return controller.alpha_gain * abs(error) / success_rate
+
+
+def _constant_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
+    """A number."""
+    assert controller.alpha_constant is not None  # __init__ demands it
+    return controller.alpha_constant
+
+
+def _pi_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
+    """abs(clip(k_p e + I, -alpha_max, alpha_max)) / success_rate (ours)."""
+    return abs(controller._pi_output(error)) / success_rate
+
+
+_SCHEDULES: dict[str, Callable[[EntropyController, float, float], float]] = {
+    "reference": _reference_alpha,
+    "paper": _paper_alpha,
+    "constant": _constant_alpha,
+    "pi": _pi_alpha,
+}
+_STATE: dict[str, type] = {"no_success_count": int, "lagged_entropy": float, "integral": float}
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}; choose one of them")
