@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 AlphaSchedule = Literal["reference", "paper", "constant", "pi"]
 TemperatureRule = Literal["switch", "continuous"]
 EntropySource = Literal["exact", "lagged_sampled"]
+Number: TypeAlias = float | int  # at run time, beartype does not let an int pass for a float
 
 
 class ControllerDecision(NamedTuple):
@@ -36,32 +37,27 @@ class EntropyController:
     def __init__(
         self,
         *,
-        target_entropy: float,
-        temperature_low: float,
-        temperature_high: float,
+        target_entropy: Number,
+        temperature_low: Number,
+        temperature_high: Number,
         alpha_schedule: AlphaSchedule = "reference",
-        alpha_max: float = 0.1,
+        alpha_max: Number = 0.1,
         temperature_rule: TemperatureRule = "switch",
-        alpha_constant: float | None = None,
-        alpha_gain: float = 0.1,
-        proportional_gain: float = 0.5,
-        integral_gain: float = 0.02,
-        integral_band: float = 0.2,
+        proportional_gain: Number = 5.0,
+        integral_gain: Number = 0.1,
         entropy_source: EntropySource = "exact",
     ) -> None:
         """Values are checked, never changed; raises ValueError with the rule, the values and the remedy.
 
-        target_entropy: H_0 [nats/token].  alpha_max: cap of `reference` and `pi`, before the division by the success rate.
-        alpha_constant: alpha of `constant`.  alpha_gain: the 0.1 of `paper` [1/nat].
-        proportional_gain [1/nat], integral_gain [1/(nat step)], integral_band [nats/token]: `pi` alone.
+        target_entropy: H_0 [nats/token].  alpha_max: cap of `reference` and `pi` before the division by the success
+        rate; alpha itself for `constant`; `paper` has none.
+        proportional_gain [1/nat], integral_gain [1/(nat step)]: `pi` alone; 5 saturates 0.2 nats away from H_0.
         """
         numbers = {
             "target_entropy": target_entropy,
             "alpha_max": alpha_max,
-            "alpha_gain": alpha_gain,
             "proportional_gain": proportional_gain,
             "integral_gain": integral_gain,
-            "integral_band": integral_band,
         }
         for name, value in numbers.items():
             if not (math.isfinite(value) and value >= 0.0):
@@ -75,15 +71,6 @@ class EntropyController:
         _require_choice("alpha_schedule", alpha_schedule, get_args(AlphaSchedule))
         _require_choice("temperature_rule", temperature_rule, get_args(TemperatureRule))
         _require_choice("entropy_source", entropy_source, get_args(EntropySource))
-        if (alpha_schedule == "constant") != (alpha_constant is not None):
-            raise ValueError(
-                "alpha_constant belongs to alpha_schedule 'constant' and to no other, got "
-                f"alpha_schedule = {alpha_schedule!r}, alpha_constant = {alpha_constant}; set both or neither"
-            )
-        if alpha_constant is not None and not (math.isfinite(alpha_constant) and alpha_constant >= 0.0):
-            raise ValueError(
-                f"alpha_constant must be finite and >= 0, got {alpha_constant}; T carries the sign, not alpha"
-            )
         if alpha_schedule == "pi" and temperature_rule != "switch":
             raise ValueError(
                 f"alpha_schedule 'pi' needs temperature_rule 'switch', got {temperature_rule!r}: the continuous rule "
@@ -96,11 +83,8 @@ class EntropyController:
         self.alpha_schedule: AlphaSchedule = alpha_schedule
         self.alpha_max = alpha_max
         self.temperature_rule: TemperatureRule = temperature_rule
-        self.alpha_constant = alpha_constant
-        self.alpha_gain = alpha_gain
         self.proportional_gain = proportional_gain
         self.integral_gain = integral_gain
-        self.integral_band = integral_band
         self.entropy_source: EntropySource = entropy_source
 
         self.no_success_count = 0
@@ -108,20 +92,20 @@ class EntropyController:
         self.lagged_entropy = 0.0
         """Sampled entropy of the previous step [nats/token]; 0 before the first, as in the authors' code."""
         self.integral = 0.0
-        """Integral part of `pi`, in units of alpha, within [-alpha_max, alpha_max]."""
+        """I of `pi`, within [-1, 1]: the drive that holds H_0 against the policy gradient's own pull."""
 
-    def temperature(self, entropy: float) -> float:
+    def temperature(self, entropy: Number) -> float:
         """T_high if H < H_0 else T_low; continuous: clip(1 + H_0 - H, T_low, T_high); pi: the sign of its output.
 
-        entropy [nats/token].  Raises ValueError unless it is finite.  Source: method.md of the paper's Sec. 4 switch.
+        entropy [nats/token].  Raises ValueError unless it is finite.  Source: the authors' code; continuous, pi: ours.
         """
         error = self._error(entropy)
         if self.temperature_rule == "continuous":
             return min(max(1.0 + error, self.temperature_low), self.temperature_high)
-        drive = self._pi_output(error) if self.alpha_schedule == "pi" else error
+        drive = self._drive(error) if self.alpha_schedule == "pi" else error
         return self.temperature_high if drive > 0.0 else self.temperature_low
 
-    def alpha(self, entropy: float, success_rate: float) -> float:
+    def alpha(self, entropy: Number, success_rate: Number) -> float:
         """alpha >= 0 before mixing: reference min(abs(H_0 - H), alpha_max) / success_rate; see `_SCHEDULES`.
 
         entropy [nats/token], success_rate in [0, 1].  No correct answer: 0.0, counted in `no_success_count`
@@ -137,12 +121,13 @@ class EntropyController:
             return 0.0
         return _SCHEDULES[self.alpha_schedule](self, error, success_rate)
 
-    def step(self, exact_entropy: float, sampled_entropy: float, success_rate: float) -> ControllerDecision:
+    def step(self, exact_entropy: Number, sampled_entropy: Number, success_rate: Number) -> ControllerDecision:
         """(H, T, alpha) of this training step; advances the lag and the integral. Call once a step.
 
         Both entropies [nats/token]: the exact one of pi_old, and -mean log pi of the sampled tokens.
         """
-        self._error(exact_entropy), self._error(sampled_entropy)  # one bad value must not enter the state
+        for value in (exact_entropy, sampled_entropy):
+            self._error(value)  # a value that is not finite must not enter the state
         entropy = exact_entropy if self.entropy_source == "exact" else self.lagged_entropy
         decision = ControllerDecision(entropy, self.temperature(entropy), self.alpha(entropy, success_rate))
         self.lagged_entropy = sampled_entropy
@@ -164,26 +149,23 @@ class EntropyController:
         for name, kind in _STATE.items():
             setattr(self, name, kind(state[name]))
 
-    def _error(self, entropy: float) -> float:
+    def _error(self, entropy: Number) -> float:
         """H_0 - H [nats/token]."""
         if not math.isfinite(entropy):
             raise ValueError(f"entropy must be finite, got {entropy}; look at the logits of the batch it came from")
         return self.target_entropy - entropy
 
-    def _pi_output(self, error: float) -> float:
-        """u = clip(k_p e + I', -alpha_max, alpha_max); alpha = abs(u), and sign(u) chooses T."""
-        output = self.proportional_gain * error + self._next_integral(error)
-        return min(max(output, -self.alpha_max), self.alpha_max)
+    def _drive(self, error: float) -> float:
+        """u = clip(k_p e + I', -1, 1), e = H_0 - H: sign(u) chooses T, abs(u) alpha."""
+        return min(max(self.proportional_gain * error + self._next_integral(error), -1.0), 1.0)
 
     def _next_integral(self, error: float) -> float:
-        """I' = I + k_i e inside the band and while u is not saturated, else I (anti-windup)."""
-        # Far from H_0 the integral would grow to a value that only an overshoot can unwind.
+        """I' = clip(I + k_i e, -1, 1), or I while that would push a saturated u further (anti-windup)."""
         proposed = self.integral + self.integral_gain * error
-        saturated = abs(self.proportional_gain * error + proposed) > self.alpha_max
-        winding_up = saturated and error * (self.proportional_gain * error + proposed) > 0.0
-        if abs(error) > self.integral_band or winding_up:
-            return self.integral
-        return min(max(proposed, -self.alpha_max), self.alpha_max)
+        unclipped = self.proportional_gain * error + proposed
+        if abs(unclipped) > 1.0 and unclipped * error > 0.0:
+            return self.integral  # growing on, it would take an overshoot to unwind
+        return min(max(proposed, -1.0), 1.0)
 
 
 def _reference_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
@@ -192,19 +174,18 @@ def _reference_alpha(controller: EntropyController, error: float, success_rate: 
 
 
 def _paper_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
-    """0.1 abs(H_0 - H) / success_rate (Table 6, in absolute value)."""
-    return controller.alpha_gain * abs(error) / success_rate
+    """0.1 abs(H_0 - H) / success_rate (Table 6, in absolute value; 0.1 per nat is the paper's)."""
+    return 0.1 * abs(error) / success_rate
 
 
 def _constant_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
-    """A number."""
-    assert controller.alpha_constant is not None  # __init__ demands it
-    return controller.alpha_constant
+    """alpha_max, whatever the entropy."""
+    return controller.alpha_max
 
 
 def _pi_alpha(controller: EntropyController, error: float, success_rate: float) -> float:
-    """abs(clip(k_p e + I, -alpha_max, alpha_max)) / success_rate (ours)."""
-    return abs(controller._pi_output(error)) / success_rate
+    """alpha_max abs(u) / success_rate, u = clip(k_p e + I, -1, 1) (ours: no steady-state error)."""
+    return controller.alpha_max * abs(controller._drive(error)) / success_rate
 
 
 _SCHEDULES: dict[str, Callable[[EntropyController, float, float], float]] = {

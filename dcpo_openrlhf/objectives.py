@@ -18,6 +18,7 @@ Mixing = Literal["convex", "additive"]
 Aggregation = Literal["sequence_mean", "token_mean"]
 RatioWeight = Literal["rho", "one", "inverse_rho"]
 
+Number: TypeAlias = float | int  # at run time, beartype does not let an int pass for a float
 # True or nonzero on the tokens that count; OpenRLHF's action masks come as bool, int or float.
 RowMask: TypeAlias = Bool[Tensor, "batch time"] | Int[Tensor, "batch time"] | Float[Tensor, "batch time"]
 AnyMask: TypeAlias = Bool[Tensor, "*shape"] | Int[Tensor, "*shape"] | Float[Tensor, "*shape"]
@@ -28,7 +29,7 @@ AnyMask: TypeAlias = Bool[Tensor, "*shape"] | Int[Tensor, "*shape"] | Float[Tens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def group_advantage(*, reward: Float[Tensor, " batch"], group_size: int, eps: float = 1e-6) -> Float[Tensor, " batch"]:
+def group_advantage(*, reward: Float[Tensor, " batch"], group_size: int, eps: Number = 1e-6) -> Float[Tensor, " batch"]:
     """A_i = (R_i - mean_group) / (std_group + eps), unbiased std; exactly 0 in a group whose rewards are all equal.
 
     Rows of one group are consecutive. Raises ValueError for a group size below 2, a batch of partial groups,
@@ -58,7 +59,7 @@ def target_ratio(
     return (tempered_logp - old_logp).masked_fill(~mask.bool(), 0.0).exp()  # padding may hold anything, even NaN
 
 
-def mixing_weights(*, alpha: float, mixing: Mixing) -> tuple[float, float]:
+def mixing_weights(*, alpha: Number, mixing: Mixing) -> tuple[float, float]:
     """(weight of A, weight of the regulariser): convex (1 - w, w) with w = alpha / (1 + alpha); additive (1, alpha).
 
     alpha >= 0 before mixing. Source: convex, the authors' code; additive, Eq. 7.
@@ -78,7 +79,7 @@ def mixed_advantage(
     group_advantage: Float[Tensor, " batch"],
     success: Float[Tensor, " batch"],
     target_ratio: Float[Tensor, "batch time"],
-    alpha: float,
+    alpha: Number,
     mixing: Mixing,
 ) -> Float[Tensor, "batch time"]:
     """(1 - w) A + w rho R, w = alpha / (1 + alpha) (convex), or A + alpha rho R (additive, Eq. 7).
@@ -193,9 +194,9 @@ def surrogate_terms(
     advantage: Float[Tensor, "*shape"],
     weight: Float[Tensor, "*shape"],
     mask: AnyMask,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
+    clip_low: Number,
+    clip_high: Number,
+    dual_clip: Number | None = None,
 ) -> SurrogateSums:
     """-sum weight * min[r A, clip(r, 1 - clip_low, 1 + clip_high) A], r = exp(logp - old_logp), and its statistics.
 
@@ -235,9 +236,9 @@ def clipped_surrogate(
     old_logp: Float[Tensor, "batch time"],
     advantage: Float[Tensor, "batch time"],
     mask: RowMask,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
+    clip_low: Number,
+    clip_high: Number,
+    dual_clip: Number | None = None,
     aggregation: Aggregation,
 ) -> ClippedSurrogate:
     """loss = loss_sum / denominator = -avg S(A), avg the mean over rows of row means, or the mean over tokens.
@@ -278,12 +279,12 @@ class MixInputs:
     """H_t [nats/token], exact, detached; None where no row reads it."""
     tempered_rows: Bool[Tensor, "batch time"]
     """True on rows sampled from pi_old^T."""
-    advantage_weight: float
+    advantage_weight: Number
     """Weight of A by `mixing_weights`."""
-    regulariser_weight: float
+    regulariser_weight: Number
     """Weight of the regulariser by `mixing_weights`."""
-    entropy_adv_beta: float
-    entropy_adv_kappa: float
+    entropy_adv_beta: Number
+    entropy_adv_kappa: Number
 
 
 Mix: TypeAlias = Callable[[MixInputs], tuple[Tensor, ...]]
@@ -337,7 +338,7 @@ class Method:
     samples: Literal["policy", "policy+tempered"] = "policy"
     """Rows are drawn from pi_old, or some of them from pi_old^T (log-probs at T = 1 either way)."""
     ratio_weight: RatioWeight | None = None
-    """What weighs R; None where there is no regulariser."""
+    """What weighs R of a sampled token; None where no sampled regulariser exists."""
     mix: Mix = _merged
     """Advantages whose surrogates are summed."""
     uses_alpha: bool = False
@@ -385,7 +386,6 @@ METHODS: dict[str, Method] = {
     ),
     "dcpo_expected": Method(
         equation="avg S(A) + α avg R Σ_a π_old^T(a) log π_θ(a)  (an extension, not in the paper)",
-        ratio_weight="rho",
         mix=_advantage_alone,
         uses_alpha=True,
         expected_regulariser=True,
@@ -407,16 +407,16 @@ def method_advantage(
     success: Float[Tensor, " batch"],
     target_ratio: Float[Tensor, "batch time"],
     entropy: Float[Tensor, "batch time"] | None = None,
-    alpha: float,
+    alpha: Number,
     mixing: Mixing,
     tempered_rows: Bool[Tensor, " batch"] | None = None,
-    entropy_adv_beta: float = 0.4,
-    entropy_adv_kappa: float = 2.0,
+    entropy_adv_beta: Number = 0.4,
+    entropy_adv_kappa: Number = 2.0,
 ) -> tuple[Float[Tensor, "batch time"], ...]:
     """The advantages whose clipped surrogates a row of METHODS sums; one tensor for all but j1 and j3.
 
-    entropy [nats/token]: exact, of pi_old at T = 1; entropy_adv alone needs it. tempered_rows marks the rows drawn from pi_old^T in
-    the concatenated batch of a `policy+tempered` row, None where there are none; group_advantage is not read there.
+    entropy [nats/token]: exact, of pi_old at T = 1; entropy_adv alone needs it. tempered_rows marks the rows drawn
+    from pi_old^T in the concatenated batch of a `policy+tempered` row; group_advantage has no effect on them.
     """
     advantage_weight, regulariser_weight = mixing_weights(alpha=alpha if method.uses_alpha else 0.0, mixing=mixing)
     if tempered_rows is None:
@@ -439,8 +439,21 @@ def method_advantage(
     return method.mix(inputs)
 
 
+def aepo_rows(
+    *, group_advantage: Float[Tensor, " batch"], above_target: bool, limit: int = 60, threshold: Number = 0.05
+) -> Int[Tensor, " rows"]:
+    """Indices of the tempered rows that replace as many rows of the GRPO batch: the first n with A > threshold.
+
+    n = min(limit, rows found), half of it (rounded down) when H > H_0. Shuffle the result over the mini-batches.
+    Source: the authors' code, `_select_by_advantage` and the AEPO branch of `fit`.
+    """
+    rows = (group_advantage > threshold).nonzero().flatten()
+    count = min(limit, rows.numel())
+    return rows[: count // 2 if above_target else count]
+
+
 def expected_weight(
-    method: Method, *, success: Float[Tensor, " batch"], alpha: float, mixing: Mixing
+    method: Method, *, success: Float[Tensor, " batch"], alpha: Number, mixing: Mixing
 ) -> Float[Tensor, " batch"] | None:
     """Weight of sum_a pi_old^T(a) log pi_theta(a) on the tokens of each row: alpha R (after mixing); None if unused."""
     if not method.expected_regulariser:
@@ -455,11 +468,11 @@ def objective_terms(
     advantages: Sequence[Float[Tensor, "*shape"]],
     weight: Float[Tensor, "*shape"],
     mask: AnyMask,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
+    clip_low: Number,
+    clip_high: Number,
+    dual_clip: Number | None = None,
     entropy: Float[Tensor, "*shape"] | None = None,
-    entropy_coefficient: float = 0.0,
+    entropy_coefficient: Number = 0.0,
     expected_logp: Float[Tensor, "*shape"] | None = None,
     expected_weight: Float[Tensor, "*shape"] | None = None,
 ) -> SurrogateSums:
