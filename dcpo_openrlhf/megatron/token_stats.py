@@ -20,6 +20,9 @@ _CPU_BLOCK = 2**18
 _GPU_BLOCK = 2**26
 """Elements of a block on a GPU: two fp32 buffers of 256 MiB, enough work to fill the device."""
 
+_LOWEST = -1e30
+"""What -inf becomes, in logits and peaks: exp of it is 0 too, but 0 times it is not NaN. Leaves room for products."""
+
 
 class TokenStats(NamedTuple):
     """Statistics of each token in fp32 (float64 for float64 logits), the same on every tensor-parallel rank."""
@@ -145,8 +148,8 @@ def _buffers(logits: Tensor, plan: _Plan, count: int) -> list[Tensor]:
 
 
 def _centre(logits: Tensor, peak: Tensor, out: Tensor) -> Tensor:
-    """logits - peak in `out`; -inf becomes the lowest number, whose weight is 0 too but 0 * it is not NaN."""
-    return out.copy_(logits).sub_(peak[:, None]).clamp_(min=torch.finfo(out.dtype).min)
+    """logits - peak in `out`, at least _LOWEST."""
+    return out.copy_(logits).sub_(peak[:, None]).clamp_(min=_LOWEST)
 
 
 def _weigh(centred: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -158,14 +161,13 @@ def _shard_sums(logits: Tensor, targets: Tensor, plan: _Plan) -> tuple[Tensor, T
     """Over this rank's columns, per token: m = max z; z(target), 0 if elsewhere; for each T sum exp((z - m) / T);
     for T = 1 and the expectation's T also sum exp((z - m) / T) (z - m)."""
     centred, weight = _buffers(logits, plan, 2)
-    lowest = torch.finfo(centred.dtype).min / 4  # of a shard without columns; finite, so that differences are too
-    peak = centred.new_full((len(logits),), lowest)
+    peak = centred.new_full((len(logits),), _LOWEST)  # stays so in a shard that is all padding
     sums = centred.new_zeros(len(plan.temperatures), len(logits))
     moments = centred.new_zeros(1 + plan.expected, len(logits))
     moment_of = {0: moments[0], len(sums) - 1: moments[-1]} if plan.expected else {0: moments[0]}
     for rows in plan.blocks(logits):
         block = logits[rows, : plan.columns]
-        peak[rows] = block.amax(1).clamp_(min=lowest)
+        peak[rows] = block.amax(1).clamp_(min=_LOWEST)
         z = _centre(block, peak[rows], centred[: len(block)])
         for index, temperature in enumerate(plan.temperatures):
             w = _weigh(z, temperature, weight[: len(block)])
