@@ -1,0 +1,150 @@
+"""Slow twin of the objectives: plain Python floats and loops, written from the equations of arXiv 2601.12730.
+
+It shares no code with the package. Gradients are analytic, with respect to the logits:
+d log pi(a) / d z_b = [a = b] - pi(b),  d H / d z_b = -pi(b) (log pi(b) + H),
+d sum_a q(a) log pi(a) / d z_b = q(b) - pi(b).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Rows = list[list[float]]
+
+
+@dataclass
+class Batch:
+    logits: list[Rows]
+    """[row][token][vocabulary] of pi_theta."""
+    old_logits: list[Rows]
+    """The same of pi_old."""
+    tokens: list[list[int]]
+    mask: Rows
+    reward: list[float]
+    tempered: list[bool]
+    """Rows drawn from pi_old^T."""
+    group_size: int
+    temperature: float
+
+
+@dataclass
+class Settings:
+    alpha: float = 0.3
+    mixing: str = "convex"
+    aggregation: str = "sequence_mean"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    entropy_coefficient: float = 0.015
+    beta: float = 0.4
+    kappa: float = 2.0
+
+
+def softmax(z: list[float], temperature: float = 1.0) -> list[float]:
+    top = max(z)
+    e = [math.exp((x - top) / temperature) for x in z]
+    return [x / sum(e) for x in e]
+
+
+def entropy(p: list[float]) -> float:
+    return -sum(x * math.log(x) for x in p if x > 0.0)
+
+
+def group_advantages(reward: list[float], group_size: int) -> list[float]:
+    """(R - mean) / (std + 1e-6) with the unbiased standard deviation of the group."""
+    out = []
+    for start in range(0, len(reward), group_size):
+        group = reward[start : start + group_size]
+        mean = sum(group) / group_size
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / (group_size - 1))
+        out += [0.0 if max(group) == min(group) else (r - mean) / (std + 1e-6) for r in group]
+    return out
+
+
+def surrogate(ratio: float, advantage: float, s: Settings) -> tuple[float, float]:
+    """(S, dS / d log r) with S = min[r A, clip(r) A], bounded by dual_clip * A below where A < 0."""
+    clipped = min(max(ratio, 1.0 - s.clip_low), 1.0 + s.clip_high)
+    value, slope = ratio * advantage, ratio * advantage
+    if clipped * advantage < value:
+        value, slope = clipped * advantage, 0.0
+    if s.dual_clip is not None and advantage < 0.0 and value < s.dual_clip * advantage:
+        value, slope = s.dual_clip * advantage, 0.0
+    return value, slope
+
+
+def advantages_of(name: str, a: float, r: float, rho: float, h: float, tempered: bool, s: Settings) -> list[float]:
+    """The advantages of one token whose surrogates are summed, method by method."""
+    keep, add = 1.0, s.alpha
+    if s.mixing == "convex":
+        w = s.alpha / (1.0 + s.alpha)
+        keep, add = 1.0 - w, w
+    if name in ("grpo", "entropy_reg"):
+        return [a]
+    if name == "dcpo":
+        return [keep * a + add * rho * r]
+    if name == "dcpo_wo_double_is":
+        return [keep * a + add * r]
+    if name == "dcpo_wo_reinforce":
+        return [keep * a + add * rho * a]
+    if name == "j1":
+        return [keep * a, add * r]
+    if name == "j3":
+        return [keep * a, add * rho * r]
+    if name == "j2":
+        return [add * r] if tempered else [keep * a]
+    if name == "j4":
+        return [add * r / rho] if tempered else [keep * a]
+    if name == "entropy_adv":
+        return [a + min(s.beta * h, abs(a) / s.kappa)]
+    if name == "aepo":
+        return [1.0] if tempered else [a]
+    if name == "dcpo_expected":
+        return [keep * a]
+    raise KeyError(name)
+
+
+def averaging_weights(name: str, batch: Batch, s: Settings) -> Rows:
+    """d objective / d token value: avg over rows of row means, or over tokens; j2 and j4 average each origin apart."""
+    apart = name in ("j2", "j4")
+    weights = []
+    for i, row in enumerate(batch.mask):
+        peers = [m for j, m in enumerate(batch.mask) if not apart or batch.tempered[j] == batch.tempered[i]]
+        if s.aggregation == "token_mean":
+            weights.append([m / sum(sum(p) for p in peers) for m in row])
+        else:
+            rows = sum(1 for p in peers if sum(p) > 0)
+            weights.append([m / sum(row) / rows if m else 0.0 for m in row])
+    return weights
+
+
+def loss_and_gradient(name: str, batch: Batch, s: Settings) -> tuple[float, list[Rows]]:
+    """Loss (minimised, minus the objective) and its gradient with respect to every logit of pi_theta."""
+    advantage = group_advantages(batch.reward, batch.group_size)
+    weights = averaging_weights(name, batch, s)
+    loss, gradient = 0.0, []
+    for i, row in enumerate(batch.logits):
+        gradient.append([[0.0] * len(z) for z in row])
+        for t, z in enumerate(row):
+            if not batch.mask[i][t]:
+                continue
+            a, p = batch.tokens[i][t], softmax(z)
+            old = softmax(batch.old_logits[i][t])
+            target = softmax(batch.old_logits[i][t], batch.temperature)  # pi_old^T
+            rho, ratio = target[a] / old[a], p[a] / old[a]
+            r, h = batch.reward[i], entropy(p)
+            values = advantages_of(name, advantage[i], r, rho, entropy(old), batch.tempered[i], s)
+            for value, slope in (surrogate(ratio, x, s) for x in values):
+                loss -= weights[i][t] * value
+                for b in range(len(z)):
+                    gradient[i][t][b] -= weights[i][t] * slope * ((a == b) - p[b])
+            if name == "entropy_reg":
+                loss -= weights[i][t] * s.entropy_coefficient * h
+                for b in range(len(z)):
+                    gradient[i][t][b] += weights[i][t] * s.entropy_coefficient * p[b] * (math.log(p[b]) + h)
+            if name == "dcpo_expected":
+                add = s.alpha / (1.0 + s.alpha) if s.mixing == "convex" else s.alpha
+                loss -= weights[i][t] * add * r * sum(q * math.log(x) for q, x in zip(target, p, strict=True))
+                for b in range(len(z)):
+                    gradient[i][t][b] -= weights[i][t] * add * r * (target[b] - p[b])
+    return loss, gradient

@@ -1,0 +1,469 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcpo_openrlhf.objectives import (
+    METHODS,
+    Method,
+    aepo_rows,
+    clipped_surrogate,
+    expected_weight,
+    group_advantage,
+    loss_denominator,
+    method_advantage,
+    mixed_advantage,
+    mixing_weights,
+    objective_terms,
+    population_scale,
+    surrogate_terms,
+    target_ratio,
+    token_weight,
+)
+from tests import reference
+
+GROUP, TIME, VOCABULARY = 4, 5, 7
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+LENGTHS = (5, 3, 1, 4, 2, 0, 5, 4, 3, 3, 5, 2, 1, 4, 5, 2)  # a row without tokens is among them
+SUCCESS = (1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0)  # mixed, all-correct, all-wrong, mixed
+
+
+def make_batch(seed: int = 0, temperature: float = 1.2, tempered: bool = False) -> reference.Batch:
+    """Four groups of four; with `tempered`, the last two groups come from pi_old^T."""
+    g = torch.Generator().manual_seed(seed)
+    rows = len(LENGTHS)
+    old = 1.5 * torch.randn(rows, TIME, VOCABULARY, generator=g, dtype=torch.float64)
+    new = old + 0.3 * torch.randn(old.shape, generator=g, dtype=torch.float64)
+    return reference.Batch(
+        logits=new.tolist(),
+        old_logits=old.tolist(),
+        tokens=torch.randint(VOCABULARY, (rows, TIME), generator=g).tolist(),
+        mask=[[float(t < n) for t in range(TIME)] for n in LENGTHS],
+        reward=[float(r) for r in SUCCESS],
+        tempered=[tempered and i >= rows // 2 for i in range(rows)],
+        group_size=GROUP,
+        temperature=temperature,
+    )
+
+
+@dataclasses.dataclass
+class Tensors:
+    """What the trainer has of a batch, [batch, time] unless said otherwise."""
+
+    logits: torch.Tensor
+    logp: torch.Tensor
+    old_logp: torch.Tensor
+    rho: torch.Tensor
+    entropy: torch.Tensor
+    old_entropy: torch.Tensor
+    expected_logp: torch.Tensor
+    mask: torch.Tensor
+    reward: torch.Tensor
+    tempered_rows: torch.Tensor
+
+
+def tensors_of(batch: reference.Batch) -> Tensors:
+    logits = torch.tensor(batch.logits, dtype=torch.float64, requires_grad=True)
+    old = torch.tensor(batch.old_logits, dtype=torch.float64)
+    tokens = torch.tensor(batch.tokens)[..., None]
+    mask = torch.tensor(batch.mask, dtype=torch.float64)
+    log_pi, log_old, log_target = logits.log_softmax(-1), old.log_softmax(-1), (old / batch.temperature).log_softmax(-1)
+    old_logp = log_old.gather(-1, tokens)[..., 0]
+    return Tensors(
+        logits=logits,
+        logp=log_pi.gather(-1, tokens)[..., 0],
+        old_logp=old_logp,
+        rho=target_ratio(old_logp=old_logp, tempered_logp=log_target.gather(-1, tokens)[..., 0], mask=mask),
+        entropy=-(log_pi.exp() * log_pi).sum(-1),
+        old_entropy=-(log_old.exp() * log_old).sum(-1),
+        expected_logp=(log_target.exp() * log_pi).sum(-1),
+        mask=mask,
+        reward=torch.tensor(batch.reward, dtype=torch.float64),
+        tempered_rows=torch.tensor(batch.tempered),
+    )
+
+
+def loss_of(method: Method, x: Tensors, s: reference.Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, gradient with respect to the logits) the way a trainer would compute them."""
+    advantages = method_advantage(
+        method,
+        group_advantage=group_advantage(reward=x.reward, group_size=GROUP),
+        success=x.reward,
+        target_ratio=x.rho,
+        entropy=x.old_entropy,
+        alpha=s.alpha,
+        mixing=s.mixing,
+        tempered_rows=x.tempered_rows,
+        entropy_adv_beta=s.beta,
+        entropy_adv_kappa=s.kappa,
+    )
+    weight = token_weight(mask=x.mask, aggregation=s.aggregation)
+    if method.separate_averages:
+        scale = population_scale(mask=x.mask, tempered_rows=x.tempered_rows, aggregation=s.aggregation)
+        weight = weight * scale[:, None]
+    row_weight = expected_weight(method, success=x.reward, alpha=s.alpha, mixing=s.mixing)
+    terms = objective_terms(
+        logp=x.logp,
+        old_logp=x.old_logp,
+        advantages=advantages,
+        weight=weight,
+        mask=x.mask,
+        clip_low=s.clip_low,
+        clip_high=s.clip_high,
+        dual_clip=s.dual_clip,
+        entropy=x.entropy if method.entropy_gradient else None,
+        entropy_coefficient=s.entropy_coefficient,
+        expected_logp=None if row_weight is None else x.expected_logp,
+        expected_weight=None if row_weight is None else row_weight[:, None].expand_as(x.mask),
+    )
+    loss = terms.loss_sum / loss_denominator(mask=x.mask, aggregation=s.aggregation)
+    (gradient,) = torch.autograd.grad(loss, x.logits)
+    return loss.detach(), gradient
+
+
+# ---- against the slow twin ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixing", ["convex", "additive"])
+@pytest.mark.parametrize(
+    ("aggregation", "dual_clip"), [("sequence_mean", None), ("token_mean", None), ("sequence_mean", 1.3)]
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradient_equal_the_twin(name, aggregation, dual_clip, mixing):
+    batch = make_batch(tempered=METHODS[name].samples == "policy+tempered")
+    s = reference.Settings(mixing=mixing, aggregation=aggregation, dual_clip=dual_clip)
+    loss, gradient = loss_of(METHODS[name], tensors_of(batch), s)
+    twin_loss, twin_gradient = reference.loss_and_gradient(name, batch, s)
+    torch.testing.assert_close(loss, torch.tensor(twin_loss, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradient, torch.tensor(twin_gradient, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_the_twin_batch_reaches_every_clip():
+    x = tensors_of(make_batch())
+    (advantage,) = method_advantage(
+        METHODS["grpo"],
+        group_advantage=group_advantage(reward=x.reward, group_size=GROUP),
+        success=x.reward,
+        target_ratio=x.rho,
+        alpha=0.0,
+        mixing="convex",
+    )
+    result = clipped_surrogate(
+        logp=x.logp,
+        old_logp=x.old_logp,
+        advantage=advantage,
+        mask=x.mask,
+        **CLIP,
+        dual_clip=1.3,
+        aggregation="token_mean",
+    )
+    assert min(result.clip_fraction_high, result.clip_fraction_low, result.dual_clip_fraction) > 0
+
+
+def test_every_method_differs_from_grpo():
+    for name, method in METHODS.items():
+        x = tensors_of(make_batch(tempered=method.samples == "policy+tempered"))
+        _, gradient = loss_of(method, x, reference.Settings())
+        policy_rows = tensors_of(make_batch())
+        _, grpo = loss_of(METHODS["grpo"], policy_rows, reference.Settings())
+        assert torch.equal(gradient, grpo) == (name == "grpo"), name
+
+
+# ---- invariants -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixing", ["convex", "additive"])
+def test_alpha_zero_is_grpo_to_the_bit(mixing):
+    s = reference.Settings(alpha=0.0, mixing=mixing)
+    grpo_loss, grpo_gradient = loss_of(METHODS["grpo"], tensors_of(make_batch()), reference.Settings(mixing=mixing))
+    for name in ("dcpo", "j1", "j3", "dcpo_wo_double_is", "dcpo_wo_reinforce", "dcpo_expected"):
+        loss, gradient = loss_of(METHODS[name], tensors_of(make_batch()), s)
+        assert torch.equal(loss, grpo_loss) and torch.equal(gradient, grpo_gradient), name
+
+
+def test_alpha_zero_advantage_is_the_group_advantage_to_the_bit():
+    a = group_advantage(reward=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), group_size=5)
+    rho = torch.rand(5, 3) * 4
+    mixed = mixed_advantage(group_advantage=a, success=(a > 0).float(), target_ratio=rho, alpha=0.0, mixing="convex")
+    assert torch.equal(mixed, a[:, None].expand(5, 3))
+
+
+@pytest.mark.parametrize("mixing", ["convex", "additive"])
+def test_dcpo_equals_j3_for_binary_success(mixing):
+    s = reference.Settings(mixing=mixing)
+    loss, gradient = loss_of(METHODS["dcpo"], tensors_of(make_batch()), s)
+    other_loss, other_gradient = loss_of(METHODS["j3"], tensors_of(make_batch()), s)
+    torch.testing.assert_close(loss, other_loss, rtol=0, atol=1e-14)
+    torch.testing.assert_close(gradient, other_gradient, rtol=0, atol=1e-14)
+
+
+logit_rows = st.lists(st.floats(-30.0, 30.0), min_size=2, max_size=40)
+
+
+@given(logits=logit_rows, temperature=st.floats(0.5, 4.0))
+@settings(max_examples=200, deadline=None)
+def test_target_ratio_has_mean_one_under_the_policy(logits, temperature):
+    z = torch.tensor(logits, dtype=torch.float64)[None, :]
+    old_logp, tempered_logp = z.log_softmax(-1), (z / temperature).log_softmax(-1)
+    rho = target_ratio(old_logp=old_logp, tempered_logp=tempered_logp, mask=torch.ones_like(z))
+    assert (old_logp.exp() * rho).sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+@given(logits=logit_rows)
+@settings(deadline=None)
+def test_target_ratio_is_one_at_temperature_one(logits):
+    z = torch.tensor(logits, dtype=torch.float64)[None, :]
+    rho = target_ratio(old_logp=z.log_softmax(-1), tempered_logp=(z / 1.0).log_softmax(-1), mask=torch.ones_like(z))
+    assert torch.equal(rho, torch.ones_like(rho))
+
+
+def test_target_ratio_reads_nothing_outside_the_mask():
+    tempered, mask = torch.tensor([[-1.0, float("nan")]]), torch.tensor([[True, False]])
+    rho = target_ratio(old_logp=torch.tensor([[-2.0, 5.0]]), tempered_logp=tempered, mask=mask)
+    torch.testing.assert_close(rho, torch.tensor([[math.e, 1.0]]))
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_padding_and_its_content_change_nothing(aggregation):
+    x, pad = tensors_of(make_batch()), 3
+    advantage = torch.randn(x.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    given_tensors = {"logp": x.logp, "old_logp": x.old_logp, "advantage": advantage}
+    plain = clipped_surrogate(**given_tensors, mask=x.mask, **CLIP, aggregation=aggregation)
+    outside = torch.cat([x.mask == 0, torch.ones(len(x.mask), pad, dtype=torch.bool)], 1)
+    padded = {
+        name: torch.nn.functional.pad(value, (0, pad)).masked_fill(outside, float("nan"))
+        for name, value in given_tensors.items()
+    }
+    other = clipped_surrogate(**padded, mask=~outside, **CLIP, aggregation=aggregation)
+    for field in dataclasses.fields(plain):
+        torch.testing.assert_close(getattr(other, field.name), getattr(plain, field.name), rtol=0, atol=1e-12)
+    (plain_gradient,) = torch.autograd.grad(plain.loss, x.logits, retain_graph=True)
+    (other_gradient,) = torch.autograd.grad(other.loss, x.logits)
+    torch.testing.assert_close(other_gradient, plain_gradient, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("splits", [[16], [4, 12], [1, 2, 3, 10], [6, 6, 4]])
+def test_micro_batch_split_changes_nothing(aggregation, splits):
+    x = tensors_of(make_batch())
+    advantage = torch.randn(x.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    whole = clipped_surrogate(
+        logp=x.logp, old_logp=x.old_logp, advantage=advantage, mask=x.mask, **CLIP, aggregation=aggregation
+    )
+    pieces = zip(
+        x.logp.split(splits), x.old_logp.split(splits), advantage.split(splits), x.mask.split(splits), strict=True
+    )
+    parts = [
+        clipped_surrogate(logp=logp, old_logp=old_logp, advantage=a, mask=m, **CLIP, aggregation=aggregation)
+        for logp, old_logp, a, m in pieces
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    for name in ("loss", "clip_fraction_high", "clip_fraction_low", "approx_kl", "denominator", "token_count"):
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_packed_tokens_give_the_padded_loss(aggregation):
+    x = tensors_of(make_batch())
+    advantage = torch.randn(x.mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    padded = clipped_surrogate(
+        logp=x.logp, old_logp=x.old_logp, advantage=advantage, mask=x.mask, **CLIP, aggregation=aggregation
+    )
+    inside, weight = x.mask.bool(), token_weight(mask=x.mask, aggregation=aggregation)
+    packed = surrogate_terms(
+        logp=x.logp[inside],
+        old_logp=x.old_logp[inside],
+        advantage=advantage[inside],
+        weight=weight[inside],
+        mask=x.mask[inside],
+        **CLIP,
+    )
+    for field in dataclasses.fields(packed):
+        torch.testing.assert_close(getattr(packed, field.name), getattr(padded, field.name), rtol=0, atol=1e-13)
+
+
+@given(order=st.permutations(range(4)))
+@settings(max_examples=24, deadline=None)
+def test_permuting_groups_changes_nothing(order):
+    batch, s = make_batch(), reference.Settings()
+    rows = [GROUP * g + i for g in order for i in range(GROUP)]
+    permuted = dataclasses.replace(
+        batch,
+        **{n: [getattr(batch, n)[i] for i in rows] for n in ("logits", "old_logits", "tokens", "mask", "reward")},
+    )
+    loss, gradient = loss_of(METHODS["dcpo"], tensors_of(batch), s)
+    other_loss, other_gradient = loss_of(METHODS["dcpo"], tensors_of(permuted), s)
+    torch.testing.assert_close(other_loss, loss, rtol=0, atol=1e-14)
+    torch.testing.assert_close(other_gradient, gradient[rows], rtol=0, atol=1e-15)
+
+
+def test_minus_mean_logp_has_no_expected_gradient_so_it_is_no_entropy_bonus():
+    z = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    log_pi = z.log_softmax(-1)
+    (sampled,) = torch.autograd.grad(-(log_pi.exp().detach() * log_pi).sum(), z, retain_graph=True)
+    (exact,) = torch.autograd.grad(-(log_pi.exp() * log_pi).sum(), z)
+    assert sampled.abs().max() < 1e-15 < exact.abs().max()
+
+
+# ---- the pieces, by hand --------------------------------------------------------------------------------------------
+
+
+def test_group_advantage_by_hand():
+    a = group_advantage(reward=torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64), group_size=4)
+    torch.testing.assert_close(a, torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3])
+def test_group_advantage_of_equal_rewards_is_exactly_zero(reward):
+    assert torch.equal(group_advantage(reward=torch.full((21,), reward), group_size=7), torch.zeros(21))
+
+
+@pytest.mark.parametrize(
+    ("reward", "group_size", "message"),
+    [
+        ([1.0, 0.0], 1, "at least 2, got 1"),
+        ([1.0, 0.0, 1.0], 2, "3 rewards is not whole groups of 2"),
+        ([1.0, float("nan")], 2, r"rows \[1\] hold \[nan\]"),
+        ([float("inf"), 0.0], 2, r"rows \[0\] hold \[inf\]"),
+    ],
+)
+def test_group_advantage_refuses(reward, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantage(reward=torch.tensor(reward), group_size=group_size)
+
+
+def test_mixed_advantage_by_hand():
+    given_values = {
+        "group_advantage": torch.tensor([1.0, -2.0]),
+        "success": torch.tensor([1.0, 0.0]),
+        "target_ratio": torch.tensor([[2.0, 0.5], [9.0, 9.0]]),
+        "alpha": 0.25,
+    }
+    additive = mixed_advantage(**given_values, mixing="additive")
+    torch.testing.assert_close(additive, torch.tensor([[1.5, 1.125], [-2.0, -2.0]]))
+    convex = mixed_advantage(**given_values, mixing="convex")  # w = 0.2
+    torch.testing.assert_close(convex, torch.tensor([[1.2, 0.9], [-1.6, -1.6]]))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "mixing", "message"),
+    [
+        (-0.1, "convex", "finite and >= 0, got -0.1"),
+        (float("nan"), "additive", "finite and >= 0, got nan"),
+        (float("inf"), "convex", "finite and >= 0, got inf"),
+    ],
+)
+def test_mixing_refuses(alpha, mixing, message):
+    with pytest.raises(ValueError, match=message):
+        mixing_weights(alpha=alpha, mixing=mixing)
+
+
+def test_surrogate_by_hand():
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.0]], dtype=torch.float64)
+    advantage = torch.tensor([[1.0, -1.0, 1.0, -1.0, 3.0]], dtype=torch.float64)
+    logp = ratio.log().requires_grad_()
+    result = clipped_surrogate(
+        logp=logp,
+        old_logp=torch.zeros_like(ratio),
+        advantage=advantage,
+        mask=torch.ones(1, 5, dtype=torch.bool),
+        clip_low=0.2,
+        clip_high=0.3,
+        aggregation="token_mean",
+    )
+    # min[r A, clip(r, 0.8, 1.3) A] = 1.3, -1.5, 0.5, -0.8, 3
+    assert result.loss.item() == pytest.approx(-(1.3 - 1.5 + 0.5 - 0.8 + 3.0) / 5)
+    assert (result.clip_high_sum, result.clip_low_sum, result.dual_clip_sum, result.token_count) == (1, 1, 0, 5)
+    (gradient,) = torch.autograd.grad(result.loss_sum, logp)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 1.5, -0.5, 0.0, -3.0]], dtype=torch.float64))
+    assert result.approx_kl.item() == pytest.approx(-ratio.log().mean().item())
+
+
+def test_sequence_mean_weighs_rows_alike_and_token_mean_tokens():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    given_tensors = {
+        "logp": torch.zeros(3, 4),
+        "old_logp": torch.zeros(3, 4),
+        "advantage": torch.tensor([[1.0], [6.0], [100.0]]).expand(3, 4),
+        "mask": mask,
+    }
+    rows = clipped_surrogate(**given_tensors, **CLIP, aggregation="sequence_mean")
+    tokens = clipped_surrogate(**given_tensors, **CLIP, aggregation="token_mean")
+    assert (rows.denominator, tokens.denominator) == (2, 5)
+    assert rows.loss.item() == pytest.approx(-3.5) and tokens.loss.item() == pytest.approx(-2.0)
+
+
+def test_a_batch_without_tokens_has_loss_zero():
+    nothing = torch.zeros(2, 3)
+    result = clipped_surrogate(
+        logp=nothing, old_logp=nothing, advantage=nothing, mask=nothing.bool(), **CLIP, aggregation="sequence_mean"
+    )
+    assert result.loss == 0 and result.approx_kl == 0 and result.denominator == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
+        ({"clip_low": 1.0}, "0 <= clip_low < 1"),
+        ({"clip_high": -0.1}, "clip_high >= 0"),
+    ],
+)
+def test_surrogate_refuses(override, message):
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=message):
+        clipped_surrogate(
+            logp=x, old_logp=x, advantage=x, mask=x.bool(), **{**CLIP, **override}, aggregation="token_mean"
+        )
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_population_scale_averages_each_origin_apart(aggregation):
+    mask = (torch.arange(4) < torch.tensor([[4], [2], [1]])).double()
+    tempered = torch.tensor([False, True, False])
+    scale = population_scale(mask=mask, tempered_rows=tempered, aggregation=aggregation)
+    weight = token_weight(mask=mask, aggregation=aggregation) * scale[:, None]
+    share = weight / loss_denominator(mask=mask, aggregation=aggregation)
+    assert share[tempered].sum().item() == pytest.approx(1.0) and share[~tempered].sum().item() == pytest.approx(1.0)
+    alone = population_scale(mask=mask, tempered_rows=torch.zeros(3, dtype=torch.bool), aggregation=aggregation)
+    assert torch.equal(alone, torch.ones_like(alone))
+
+
+def test_aepo_rows_are_the_first_with_a_positive_advantage():
+    advantage = torch.tensor([0.0, 1.5, -0.5, 0.06, 0.04, 0.9])
+    assert aepo_rows(group_advantage=advantage, above_target=False).tolist() == [1, 3, 5]
+    assert aepo_rows(group_advantage=advantage, above_target=True).tolist() == [1]
+    assert aepo_rows(group_advantage=advantage, above_target=False, limit=2).tolist() == [1, 3]
+
+
+def test_methods_refuse_what_they_cannot_use():
+    a, rho = torch.zeros(2), torch.ones(2, 3)
+    given_values = {"group_advantage": a, "success": a, "target_ratio": rho, "alpha": 0.1, "mixing": "convex"}
+    with pytest.raises(ValueError, match="entropy_adv needs the entropy"):
+        method_advantage(METHODS["entropy_adv"], **given_values)
+    with pytest.raises(ValueError, match="got 1 tempered rows"):
+        method_advantage(METHODS["dcpo"], **given_values, tempered_rows=torch.tensor([True, False]))
+
+
+def test_a_new_method_is_a_row_and_one_function():
+    def failures_too(x):
+        """S(A + alpha rho (2 R - 1))."""
+        return (x.advantage_weight * x.advantage + x.regulariser_weight * x.ratio_weight * (2 * x.success - 1),)
+
+    mine = Method(equation="avg S(A + α ρ (2R - 1))", ratio_weight="rho", mix=failures_too, uses_alpha=True)
+    (advantage,) = method_advantage(
+        mine,
+        group_advantage=torch.zeros(2),
+        success=torch.tensor([1.0, 0.0]),
+        target_ratio=torch.full((2, 1), 2.0),
+        alpha=0.5,
+        mixing="additive",
+    )
+    assert advantage.tolist() == [[1.0], [-1.0]]
