@@ -1,0 +1,77 @@
+"""The mesh of ranks: megatron-core's process groups for tensor, pipeline, context, expert and data parallelism."""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from dcpo_openrlhf.config import Parallel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands. Ranks count from 0; `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    data_size: int
+    tensor_size: int
+    device: torch.device
+
+    @property
+    def is_data_leader(self) -> bool:
+        """One rank of each data-parallel replica speaks for it: the last pipeline stage's first tensor and context rank."""
+        return self.tensor_rank == 0 and self.context_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def init_mesh(parallel: Parallel, *, device: str, rank: int, world_size: int, seed: int, timeout: float = 1800.0) -> Mesh:
+    """Process groups of `parallel` over `world_size` ranks (nccl on cuda, gloo on cpu; MASTER_ADDR and MASTER_PORT are set).
+
+    Raises ValueError where the mesh does not fill the world.
+    """
+    split = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % split:
+        raise ValueError(
+            f"world size {world_size} != tensor {parallel.tensor} * pipeline {parallel.pipeline} * context {parallel.context} * data; "
+            "lower one of them"
+        )
+    backend = "nccl" if device == "cuda" else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        # the gloo twins of the data-parallel groups serve nccl runs that save checkpoints; on cpu the groups are gloo already
+        create_gloo_process_groups=True,
+    )
+    if device == "cuda":
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    else:
+        # no dropout and no random initialisation here: the tracker that draws nothing, where CUDA's has no generator
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"),
+    )
+
+
+def close_mesh() -> None:
+    """Destroy the process groups, so that another mesh can be made in this process."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,131 @@
+"""The one table of weight names, Hugging Face <-> Megatron, and how a tensor is cut over tensor-parallel ranks. Import, sync and export read it."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that cutting needs."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the Hugging Face vocabulary."""
+    padded_vocab_size: int
+    """Rows of Megatron's: a multiple of vocab_multiple * tensor."""
+
+
+Shard = Callable[[list[Tensor], int, int, Shape], Tensor]
+"""(Hugging Face tensors, rank, size, shape) -> this rank's Megatron tensor."""
+Merge = Callable[[list[Tensor], Shape], list[Tensor]]
+"""(Megatron tensors of all ranks, shape) -> Hugging Face tensors."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one Megatron tensor comes from Hugging Face tensors and goes back."""
+
+    shard: Shard
+    merge: Merge
+
+
+def _shard_qkv(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tensor:
+    q, k, v = (t.unflatten(0, (s.kv_heads, -1)) for t in hf)  # per key/value group: [its q heads, k, v]
+    return torch.cat([q, k, v], dim=1).chunk(size)[rank].flatten(0, 1)
+
+
+def _merge_qkv(shards: list[Tensor], s: Shape) -> list[Tensor]:
+    group = torch.cat(shards).unflatten(0, (s.kv_heads, -1))
+    q_rows = s.heads // s.kv_heads * s.head_dim
+    return [t.flatten(0, 1).contiguous() for t in group.split([q_rows, s.head_dim, s.head_dim], dim=1)]
+
+
+def _shard_vocabulary(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tensor:
+    (rows,) = hf
+    padding = rows.new_zeros(s.padded_vocab_size - rows.shape[0], *rows.shape[1:])
+    return torch.cat([rows, padding]).chunk(size)[rank]
+
+
+REPLICATED = Cut(lambda hf, rank, size, s: hf[0], lambda shards, s: [shards[0]])
+ROWS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 0)[rank], lambda shards, s: [torch.cat(shards, 0)])
+COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [torch.cat(shards, 1)])
+VOCABULARY = Cut(_shard_vocabulary, lambda shards, s: [torch.cat(shards)[: s.vocab_size]])
+QKV = Cut(_shard_qkv, _merge_qkv)
+GATE_UP = Cut(  # each rank holds [its rows of gate; its rows of up]
+    lambda hf, rank, size, s: torch.cat([t.chunk(size)[rank] for t in hf]),
+    lambda shards, s: [torch.cat(part).contiguous() for part in zip(*(t.chunk(2) for t in shards), strict=True)],
+)
+
+_HF = "model.layers.{layer}."
+_MG = "decoder.layers.{layer}."
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+TABLE: dict[str, tuple[tuple[str, ...], Cut]] = {
+    # Megatron name: (Hugging Face names, cut)
+    "embedding.word_embeddings.weight": (("model.embed_tokens.weight",), VOCABULARY),
+    _MG + "input_layernorm.weight": ((_HF + "input_layernorm.weight",), REPLICATED),
+    _MG + "self_attention.linear_qkv.weight": (tuple(f"{_HF}self_attn.{p}.weight" for p in _ATTENTION), QKV),
+    _MG + "self_attention.linear_qkv.bias": (tuple(f"{_HF}self_attn.{p}.bias" for p in _ATTENTION), QKV),
+    _MG + "self_attention.q_layernorm.weight": ((_HF + "self_attn.q_norm.weight",), REPLICATED),
+    _MG + "self_attention.k_layernorm.weight": ((_HF + "self_attn.k_norm.weight",), REPLICATED),
+    _MG + "self_attention.linear_proj.weight": ((_HF + "self_attn.o_proj.weight",), COLUMNS),
+    _MG + "pre_mlp_layernorm.weight": ((_HF + "post_attention_layernorm.weight",), REPLICATED),
+    _MG + "mlp.linear_fc1.weight": ((_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), GATE_UP),
+    _MG + "mlp.linear_fc2.weight": ((_HF + "mlp.down_proj.weight",), COLUMNS),
+    _MG + "mlp.router.weight": ((_HF + "mlp.gate.weight",), REPLICATED),
+    _MG + "mlp.experts.local_experts.{expert}.linear_fc1.weight": (
+        (_HF + "mlp.experts.{expert}.gate_proj.weight", _HF + "mlp.experts.{expert}.up_proj.weight"),
+        GATE_UP,
+    ),
+    _MG + "mlp.experts.local_experts.{expert}.linear_fc2.weight": ((_HF + "mlp.experts.{expert}.down_proj.weight",), COLUMNS),
+    "decoder.final_layernorm.weight": (("model.norm.weight",), REPLICATED),
+    "output_layer.weight": (("lm_head.weight",), VOCABULARY),
+}
+
+_ALIASES = {
+    # Transformer Engine fuses a norm into the linear layer behind it
+    _MG + "self_attention.linear_qkv.layer_norm_weight": _MG + "input_layernorm.weight",
+    _MG + "mlp.linear_fc1.layer_norm_weight": _MG + "pre_mlp_layernorm.weight",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter: its Hugging Face names (numbers filled in) and its cut."""
+
+    hf_names: tuple[str, ...]
+    cut: Cut
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)"))
+
+
+_PATTERNS = [(_pattern(name), name) for name in TABLE] + [(_pattern(alias), name) for alias, name in _ALIASES.items()]
+
+
+def entry_of(name: str, *, first_layer: int = 0, first_expert: int = 0) -> Entry:
+    """The table's entry of a local Megatron parameter; layers and experts are counted from this rank's first ones.
+
+    Raises KeyError naming a parameter that the table does not know.
+    """
+    for pattern, key in _PATTERNS:
+        match = pattern.fullmatch(name)
+        if match:
+            hf_names, cut = TABLE[key]
+            found = match.groupdict()
+            numbers = {"layer": int(found.get("layer") or 0) + first_layer, "expert": int(found.get("expert") or 0) + first_expert}
+            return Entry(tuple(hf.format(**numbers) for hf in hf_names), cut)
+    raise KeyError(f"Megatron parameter {name!r} is not in names.TABLE; add its row there")
+
+
+def entries(model: torch.nn.Module, *, first_layer: int = 0, first_expert: int = 0) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
+    """Each parameter of a bare GPTModel with its entry, in the model's own order."""
+    for name, parameter in model.named_parameters():
+        yield entry_of(name, first_layer=first_layer, first_expert=first_expert), parameter

@@ -1,0 +1,282 @@
+"""One forward for token statistics, one update for a mini-batch: packed micro-batches through megatron-core's schedules."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from dcpo_openrlhf import objectives
+from dcpo_openrlhf.config import Loss, Optimizer
+from dcpo_openrlhf.megatron.mesh import Mesh
+from dcpo_openrlhf.megatron.model import Policy
+from dcpo_openrlhf.megatron.token_stats import token_stats
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Padded responses of one rank. Action t is the choice of token t + 1, so action tensors are one shorter than sequences."""
+
+    sequences: Int[Tensor, "batch time"]
+    attention_mask: Bool[Tensor, "batch time"]
+    action_mask: Bool[Tensor, "batch time-1"]
+    old_logp: Float[Tensor, "batch time-1"] | None = None
+    advantage: Float[Tensor, "batch time-1"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Some rows without their padding, one after the other: one micro-batch."""
+
+    tokens: Int[Tensor, "1 tokens"]
+    positions: Int[Tensor, "1 tokens"]
+    sequence_params: PackedSeqParams
+    selected: Int[Tensor, " actions"]
+    """Where in `tokens` each action is taken."""
+    targets: Int[Tensor, " actions"]
+    """The token chosen by each action."""
+    rows: slice
+    """Which of the rank's rows these are."""
+
+
+def pack(rows: Rows, part: slice) -> Packed:
+    """Rows `part` as one packed micro-batch."""
+    keep = rows.attention_mask[part].bool()
+    actions = rows.action_mask[part].bool()
+    lengths = keep.sum(1)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    flat = (keep.flatten().cumsum(0) - 1).view_as(keep)  # index in the pack of every kept token
+    return Packed(
+        tokens=rows.sequences[part][keep][None],
+        positions=(keep.cumsum(1) - 1)[keep][None],
+        sequence_params=PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        ),
+        selected=flat[:, :-1][actions],
+        targets=rows.sequences[part][:, 1:][actions],
+        rows=part,
+    )
+
+
+def micro_batches(rows: Rows, size: int) -> list[Packed]:
+    """The rows in packs of at most `size` rows."""
+    return [pack(rows, slice(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+
+
+class PolicyStep:
+    """The model with megatron-core's DDP, distributed optimizer and learning-rate schedule, and the two passes over it."""
+
+    def __init__(
+        self, policy: Policy, mesh: Mesh, *, optimizer: Optimizer, loss: Loss, micro_batch_size: int, total_updates: int
+    ) -> None:
+        self.policy, self.mesh, self.loss = policy, mesh, loss
+        self.micro_batch_size = micro_batch_size
+        self._selected: Tensor | None = None
+        if policy.model.post_process and not policy.config.sequence_parallel:
+            policy.model.output_layer.register_forward_pre_hook(self._keep_action_positions)
+        self.model = _distributed(policy)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, bf16=policy.config.bf16), [self.model])
+        self.schedule = _schedule(self.optimizer, optimizer, total_updates)
+        policy.config.finalize_model_grads_func = finalize_model_grads
+        policy.config.grad_scale_func = self.optimizer.scale_loss
+
+    def token_statistics(self, rows: Rows, *, temperatures: list[float]) -> dict[str, Tensor]:
+        """{"logp", "entropy"} [batch, time-1] and "tempered_logp" [batch, time-1, temperatures] of the rows, fp32, 0 outside the mask.
+
+        One forward of the policy. Ranks that are not on the last pipeline stage get zeros.
+        """
+        batch, time = rows.action_mask.shape
+        out = {
+            "logp": torch.zeros(batch, time),
+            "entropy": torch.zeros(batch, time),
+            "tempered_logp": torch.zeros(batch, time, len(temperatures)),
+        }
+
+        def collect(packed: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            stats = token_stats(
+                logits, packed.targets, temperatures=temperatures, tp_group=_tensor_group(), vocab_size=self.policy.shape.vocab_size
+            )
+            mask = rows.action_mask[packed.rows].bool()
+            for name, values in out.items():
+                values[packed.rows][mask] = getattr(stats, name).float().cpu()
+            return logits.new_zeros(()), torch.zeros((), dtype=torch.int), {}
+
+        self.model.eval()
+        with torch.no_grad():
+            self._run(rows, collect, forward_only=True)
+        self.model.train()
+        return out
+
+    def update(self, rows: Rows, *, entropy_coefficient: float = 0.0) -> dict[str, float]:
+        """One optimizer step on the mini-batch of which `rows` are this rank's; returns metrics of the whole mini-batch.
+
+        The gradient is that of (sum of losses over all ranks) / (rows or tokens of all ranks): the same for every mesh and
+        every split into micro-batches. Raises FloatingPointError when loss or gradient norm is not finite.
+        """
+        assert rows.old_logp is not None and rows.advantage is not None
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._run(rows, partial(self._loss, rows, entropy_coefficient), forward_only=False)
+        metrics = _global_means(sums, self.mesh)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not torch.isfinite(torch.tensor([metrics["policy/loss"], grad_norm])).all():
+            raise FloatingPointError(
+                f"update refused: loss = {metrics['policy/loss']}, gradient norm = {grad_norm}; both must be finite. "
+                "Look at mismatch/* and dcpo/* of the last steps, or lower optimizer.learning_rate"
+            )
+        self.schedule.step(increment=1)
+        return metrics | {"policy/grad_norm": float(grad_norm), "policy/learning_rate": float(learning_rate)}
+
+    def _loss(self, rows: Rows, entropy_coefficient: float, packed: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(loss sum, count it is divided by, sums to log) of one micro-batch."""
+        assert rows.old_logp is not None and rows.advantage is not None
+        mask = rows.action_mask[packed.rows].bool()
+        weight = objectives.token_weight(mask=mask, aggregation=self.loss.aggregation)[mask]
+        stats = token_stats(
+            logits,
+            packed.targets,
+            temperatures=[],
+            tp_group=_tensor_group(),
+            vocab_size=self.policy.shape.vocab_size,
+            entropy_grad=entropy_coefficient > 0,
+        )
+        terms = objectives.surrogate_terms(
+            logp=stats.logp,
+            old_logp=rows.old_logp[packed.rows][mask].to(logits.device),
+            advantage=rows.advantage[packed.rows][mask].to(logits.device),
+            weight=weight.to(logits.device),
+            mask=torch.ones_like(packed.targets, dtype=torch.bool),
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            dual_clip=self.loss.dual_clip,
+        )
+        loss_sum = terms.loss_sum
+        if entropy_coefficient > 0:
+            loss_sum = loss_sum - entropy_coefficient * (weight.to(logits.device) * stats.entropy).sum()
+        count = objectives.loss_denominator(mask=mask, aggregation=self.loss.aggregation)
+        sums = {
+            "loss": loss_sum.detach(),
+            "count": count,
+            "clip_high": terms.clip_high_sum,
+            "clip_low": terms.clip_low_sum,
+            "kl": terms.kl_sum,
+            "entropy": stats.entropy.detach().sum(),
+            "tokens": terms.token_count,
+        }
+        return loss_sum, count.int().to(logits.device), {k: v.double().cpu() for k, v in sums.items()}
+
+    def _run(self, rows: Rows, loss: Any, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        """Every micro-batch through megatron-core's schedule; what `loss` returned third, on the last stage."""
+        packs = micro_batches(rows, self.micro_batch_size)
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward, loss),
+            data_iterator=iter(packs),
+            model=[self.model],
+            num_microbatches=len(packs),
+            seq_length=max(p.tokens.shape[1] for p in packs),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, loss: Any, packs: Iterator[Packed], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        packed = next(packs)
+        device = self.mesh.device
+        self._selected = packed.selected.to(device)
+        options = {"fp32_output": False} if self.policy.config.bf16 else {}
+        output = model(
+            packed.tokens.to(device), packed.positions.to(device), None, packed_seq_params=packed.sequence_params, **options
+        )
+        return output, lambda logits: loss(packed, self._action_logits(logits, packed))
+
+    def _keep_action_positions(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Only positions where an action is taken reach the output layer: prompts need no logits."""
+        assert self._selected is not None
+        return (inputs[0].index_select(0, self._selected), *inputs[1:])
+
+    def _action_logits(self, logits: Tensor, packed: Packed) -> Float[Tensor, "actions vocabulary"]:
+        logits = logits.squeeze(0)
+        # under sequence parallelism the positions are spread over ranks, so the choice comes after the output layer
+        return logits.index_select(0, packed.selected.to(logits.device)) if self.policy.config.sequence_parallel else logits
+
+
+def _distributed(policy: Policy) -> DistributedDataParallel:
+    module = Float16Module(policy.config, policy.model) if policy.config.bf16 else policy.model
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True)
+    ddp = DistributedDataParallel(policy.config, options, module)
+    ddp.broadcast_params()
+    return ddp
+
+
+def _optimizer_config(o: Optimizer, *, bf16: bool) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=o.learning_rate,
+        min_lr=o.min_learning_rate,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.grad_clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+
+
+def _schedule(optimizer: Any, o: Optimizer, total_updates: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        # a warm-up from 0 would make the first update change nothing
+        init_lr=o.learning_rate / (o.warmup_updates + 1),
+        max_lr=o.learning_rate,
+        min_lr=o.min_learning_rate,
+        lr_warmup_steps=o.warmup_updates,
+        lr_decay_steps=max(total_updates, o.warmup_updates + 1),
+        lr_decay_style=o.schedule,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=total_updates,
+        wd_incr_style="constant",
+    )
+
+
+def _tensor_group() -> dist.ProcessGroup | None:
+    group = parallel_state.get_tensor_model_parallel_group()
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _global_means(sums: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Metrics of the whole mini-batch on every rank: sums over micro-batches and data ranks, then one division."""
+    names = ("loss", "count", "clip_high", "clip_low", "kl", "entropy", "tokens")
+    total = torch.zeros(len(names), dtype=torch.float64)
+    for micro in sums:
+        total += torch.stack([micro[name] for name in names])
+    total = total.to(mesh.device)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    # earlier pipeline stages hold zeros, the last one the sums
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    value = dict(zip(names, total.tolist(), strict=True))
+    tokens = max(value["tokens"], 1.0)
+    return {
+        "policy/loss": value["loss"] / max(value["count"], 1.0),
+        "policy/clip_fraction_high": value["clip_high"] / tokens,
+        "policy/clip_fraction_low": value["clip_low"] / tokens,
+        "policy/approx_kl": value["kl"] / tokens,
+        "policy/entropy": value["entropy"] / tokens,
+    }
