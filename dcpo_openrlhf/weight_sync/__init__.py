@@ -1,0 +1,35 @@
+"""Weights from the trainer to the vLLM engines, through vLLM's own weight-transfer API.
+
+A sync: the source yields (HF name, tensor) on every trainer rank, rank 0 packs them into buckets, each engine worker loads a
+bucket as it arrives. `nccl` and `ipc` are vLLM's backends; `gloo` and `shared_memory` are registered here for CPU machines.
+Importing this package is cheap: vLLM imports it in every process it starts.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcpo_openrlhf.weight_sync.connection import WeightSync, WeightSyncError, connect
+
+TRANSPORTS = ("shared_memory", "gloo", "nccl", "ipc")
+# name -> module and class prefix of the backends made here
+_BACKENDS = {"shared_memory": "SharedMemory", "gloo": "Gloo"}
+
+
+def register() -> None:
+    """Make the backends known to vLLM in this process. Idempotent: it is an entry point and vLLM may call it several times."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    for name, prefix in _BACKENDS.items():
+        module = f"{__name__}.{name}"
+        if name not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(name, module, f"{prefix}WorkerEngine")
+        if name not in WeightTransferTrainerFactory._registry:
+            WeightTransferTrainerFactory.register_engine(name, module, f"{prefix}TrainerEngine")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("WeightSync", "WeightSyncError", "connect"):
+        from dcpo_openrlhf.weight_sync import connection
+
+        return getattr(connection, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

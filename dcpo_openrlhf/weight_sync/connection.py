@@ -1,0 +1,181 @@
+"""connect(): one call on every trainer rank gives the object that syncs the engines' weights, under a deadline."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
+
+import ray
+import torch
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from dcpo_openrlhf.weight_sync import TRANSPORTS, register
+from dcpo_openrlhf.weight_sync.buckets import MIB
+from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient, WeightSyncError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+# A call that overruns names the late engine itself; the watching thread waits this much longer for that better message.
+GRACE_S = 2.0
+T = TypeVar("T")
+
+
+class WeightSync:
+    """A trainer rank's end of the weight sync. Call `send_weights` on all ranks: rank 0 sends, the others help to gather."""
+
+    def __init__(
+        self,
+        *,
+        engine: TrainerWeightTransferEngine,
+        client: RayWeightSyncClient,
+        transport: str,
+        rank: int,
+        version: int,
+    ) -> None:
+        self.engine = engine
+        self.client = client
+        self.transport = transport
+        self.rank = rank
+        self.version = version
+        """Version of the last finished sync."""
+        self._broken: str | None = None
+
+    def send_weights(self, version: int | None = None) -> float:
+        """Seconds of a sync after which every engine serves the source's weights and reports `version` (the next by default).
+
+        Raises WeightSyncError when an engine fails or the deadline passes. The engines then refuse to generate until a sync
+        succeeds, and this object refuses to sync: connect again.
+        """
+        if self._broken is not None:
+            raise WeightSyncError(f"an earlier sync failed ({self._broken}); connect again before the next one")
+        version = self.version + 1 if version is None else version
+        begin = time.monotonic()
+        self.client.begin(version)
+        try:
+            within(
+                self.engine.send_weights,
+                deadline_s=self.client.deadline_s + GRACE_S,
+                late=lambda: (
+                    f"{self.client} over {self.transport} did not end on trainer rank {self.rank} "
+                    f"within {self.client.deadline_s:g} s: {self.client.stage}"
+                ),
+            )
+        except BaseException as error:
+            self._broken = str(error)
+            raise
+        self.version = version
+        return time.monotonic() - begin
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """name -> checksum of what the last sync sent; empty off rank 0, with checks off, and for vLLM's own transports."""
+        return dict(getattr(self.engine, "sent_checksums", {}))
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+def connect(
+    *,
+    transport: str,
+    rank: int,
+    engines: Sequence["ActorHandle"],
+    source: WeightSource,
+    deadline_s: float,
+    engine_world_size: int = 1,
+    bucket_bytes: int = 64 * MIB,
+    verify: bool = True,
+    version: int = 0,
+    host: str | None = None,
+) -> WeightSync:
+    """The sync between this trainer rank and all `engines`; every rank calls it, with the same arguments but `rank`.
+
+    engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of shared_memory
+    and gloo. host: address of trainer rank 0 that the engines can reach (default: what Ray uses). nccl and ipc are vLLM's
+    own backends and need CUDA. Raises WeightSyncError when the handshake fails or takes longer than the deadline.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"weight_sync.transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
+    register()
+    client = RayWeightSyncClient(engines, deadline_s, engine_world_size=engine_world_size)
+    world_size = 1 + len(client.engines) * engine_world_size
+
+    def handshake() -> TrainerWeightTransferEngine:
+        info = _init_info(
+            transport,
+            rank=rank,
+            world_size=world_size,
+            host=host or ray.util.get_node_ip_address(),
+            bucket_bytes=bucket_bytes,
+            verify=verify,
+            deadline_s=deadline_s,
+        )
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+    engine = within(
+        handshake,
+        deadline_s=deadline_s + GRACE_S,
+        late=lambda: (
+            f"the handshake over {transport} did not end on trainer rank {rank} within {deadline_s:g} s: "
+            "is every engine up, and can it reach this host?"
+        ),
+    )
+    return WeightSync(engine=engine, client=client, transport=transport, rank=rank, version=version)
+
+
+def _init_info(
+    transport: str, *, rank: int, world_size: int, host: str, bucket_bytes: int, verify: bool, deadline_s: float
+) -> TrainerInitInfo:
+    common = {"rank": rank, "bucket_bytes": bucket_bytes, "verify": verify, "deadline_s": deadline_s}
+    if transport == "shared_memory":
+        from dcpo_openrlhf.weight_sync.shared_memory import SharedMemoryTrainerInitInfo
+
+        return SharedMemoryTrainerInitInfo(**common)
+    if transport == "gloo":
+        from dcpo_openrlhf.weight_sync.gloo import GlooTrainerInitInfo
+
+        return GlooTrainerInitInfo(host=host, world_size=world_size, **common)
+    if transport == "nccl":
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        return NCCLTrainerInitInfo(master_address=host, master_port=_free_port(), world_size=world_size, rank=rank)
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return IPCTrainerInitInfo(rank=rank, packed=True)
+
+
+def within(work: Callable[[], T], *, deadline_s: float, late: Callable[[], str]) -> T:
+    """work(), run on a thread of its own without gradients; WeightSyncError(late()) when it has not ended at the deadline.
+
+    A collective that never returns blocks that thread and not the caller. Thread-local state of the caller, such as a
+    TorchFunctionMode, is not set in `work`.
+    """
+    result: Future[T] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            with torch.no_grad():
+                result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="weight_sync", daemon=True).start()
+    try:
+        return result.result(timeout=deadline_s)
+    except TimeoutError as error:
+        if result.done():
+            raise
+        raise WeightSyncError(late()) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
