@@ -24,7 +24,7 @@ from typing import Literal
 
 Extractor = Literal["boxed", "last_integer"]
 
-# A final answer is short: anything longer is wrong, is not worth a worker's time, and would not fit into a pipe at once.
+# A final answer is short: anything longer is wrong, not worth a worker's time, and might not fit into a pipe at once.
 MAX_ANSWER_CHARS = 2000
 
 
@@ -68,12 +68,13 @@ def extract_boxed(text: str) -> str | None:
     return None if last is None else text[last[0] : last[1]].strip()
 
 
-_MINUS = "-\u2212"  # ASCII and the typographic minus
+_MINUS = "\u2212-"  # typographic and ASCII; the latter last, so that a character class does not read it as a range
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 # A sign counts only where it cannot be a subtraction or a range: 5-3 ends in 3.
-_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])(?P<sign>[+{_MINUS}]))?(?P<digits>{_DIGITS})(?P<fraction>\.[0-9]+)?")
+_SIGN = rf"(?:(?<![\w)\]}}])(?P<sign>[+{_MINUS}]))?"
+_NUMBER = re.compile(rf"{_SIGN}(?:(?P<digits>{_DIGITS})(?P<fraction>\.[0-9]+)?|(?<![\w.])\.[0-9]+)")
 _INTEGER = re.compile(rf"(?P<sign>[+{_MINUS}])?\s*(?P<digits>{_DIGITS})(?P<fraction>\.0*)?")
-_LATEX_SPACE = re.compile(r"\\[,!; ]|\$")
+_LATEX_SPACE = re.compile(r"\\[,!]\s*|\\?\$")  # 32,\! 348 and \$5
 
 
 def _canonical_integer(match: re.Match[str]) -> str:
@@ -88,10 +89,8 @@ def last_integer(text: str) -> str | None:
 
     None where there is no number or the last one has a fraction: 12.5 is not the integer 5 (nor 12), but 7.0 is 7.
     """
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    if last is None or (last["fraction"] or "").strip(".0"):
+    last = next(iter(deque(_NUMBER.finditer(text), maxlen=1)), None)
+    if last is None or last["digits"] is None or (last["fraction"] or "").strip(".0"):
         return None
     return _canonical_integer(last)
 
@@ -100,6 +99,20 @@ def as_integer(text: str) -> str | None:
     r"""The integer that the whole text is, in canonical digits; None where it is anything else. `1{,}234` is 1234."""
     match = _INTEGER.fullmatch(_LATEX_SPACE.sub("", text.replace("{,}", ",")).strip())
     return None if match is None else _canonical_integer(match)
+
+
+_MANTISSA = rf"[+{_MINUS}]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_E_NOTATION = re.compile(rf"(?P<mantissa>{_MANTISSA})[eE](?P<exponent>[+-]?[0-9]+)")
+_DECIMAL = re.compile(
+    rf"(?P<mantissa>{_MANTISSA})(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|\u00d7)\s*10\s*\^)(?P<exponent>[+-]?[0-9]+))?"
+)
+
+
+def as_decimal(text: str) -> float | None:
+    r"""The number that the whole text is, as 0.12, 1.2e-5 or 1.2 \times 10^{-5}; None where it is anything else."""
+    plain = _LATEX_SPACE.sub("", re.sub(r"\{([+-]?[0-9]+)\}", r"\1", text)).strip()
+    match = _DECIMAL.fullmatch(plain)
+    return None if match is None else float(f"{match['mantissa']}e{match['exponent'] or 0}".replace(_MINUS[0], "-"))
 
 
 EXTRACTORS = {"boxed": extract_boxed, "last_integer": last_integer}
@@ -114,7 +127,13 @@ def _settle(extracted: str | None, answer: str) -> float | None:
     if extracted == answer.strip():
         return 1.0
     gold, found = as_integer(answer), as_integer(extracted)
-    return None if gold is None or found is None else float(gold == found)
+    if gold is not None and found is not None:
+        return float(gold == found)
+    gold_value, value = as_decimal(answer), as_decimal(extracted)
+    if gold_value is None or value is None:
+        return None
+    # math-verify rounds to six decimals, and so takes 2e-19 for 1e-27. Six significant digits hold at every scale.
+    return float(math.isclose(gold_value, value, rel_tol=1e-6 if gold is None else 1e-12))
 
 
 def _check(extractor: str, answers: Sequence[str]) -> None:
@@ -127,15 +146,14 @@ def _check(extractor: str, answers: Sequence[str]) -> None:
             raise ValueError(f"an answer has at most {MAX_ANSWER_CHARS} characters, not {len(answer)}: {answer[:60]!r}")
 
 
-_E_NOTATION = re.compile(rf"([+{_MINUS}]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]([+-]?[0-9]+)")
 _BARE_POINT = re.compile(r"(?<=[0-9])\.(?![0-9])")
 
 
 def _forms(text: str) -> list[str]:
-    """The text and, for e-notation, its power of ten: LaTeX reads 4.5e33 as 4.5 * e * 33. "1./3" becomes "1/3"."""
-    text = _BARE_POINT.sub("", text.strip())
+    """The text without a bare point ("D.", "1./3") and, for e-notation, its power of ten: LaTeX reads e33 as e * 33."""
+    text = _BARE_POINT.sub("", text.strip()).removesuffix(".")
     match = _E_NOTATION.fullmatch(text)
-    return [text] if match is None else [text, f"{match[1]} \\cdot 10^{{{int(match[2])}}}"]
+    return [text] if match is None else [text, f"{match['mantissa']} \\cdot 10^{{{match['exponent']}}}"]
 
 
 def _symbolic_equal(gold: str, found: str) -> bool:
@@ -252,7 +270,7 @@ class GraderPool:
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[Grade]:
         """One Grade for each response, in order; equal (answer, extracted) pairs are compared once.
 
-        Raises ValueError for unequal counts or answers that the extractor cannot meet, GraderError if workers cannot start.
+        Raises ValueError for unequal counts or answers that the extractor cannot meet, GraderError if no worker starts.
         """
         if len(responses) != len(answers):
             raise ValueError(f"one answer a response is needed, not {len(answers)} for {len(responses)}")
@@ -261,6 +279,8 @@ class GraderPool:
         settled = [_settle(found, answer) for found, answer in zip(extracted, answers, strict=True)]
         pairs = [(a, f) for a, f, reward in zip(answers, extracted, settled, strict=True) if reward is None and f]
         with self._lock:
+            if not self._finalizer.alive:
+                raise GraderError("the grader pool is closed; make a new one")
             outcomes = self._compare(list(dict.fromkeys(pairs)))
         grades = []
         for answer, found, reward in zip(answers, extracted, settled, strict=True):
@@ -273,17 +293,15 @@ class GraderPool:
 
     def _compare(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """pair (gold, found) -> "equal", "unequal", "timed_out" or "crashed"."""
-        if pairs and not self._finalizer.alive:
-            raise GraderError("the grader pool is closed")
         outcomes: dict[tuple[str, str], str] = {}
         pending = deque(pairs)
         try:
             while len(outcomes) < len(pairs):
                 self._hand_out(pending, outstanding=len(pairs) - len(outcomes))
                 active = [w for w in self._workers if not w.idle]
-                patience = max(0.0, min(w.due for w in active) - time.monotonic()) if active else 0.0
-                for worker in wait(active, timeout=patience):  # type: ignore[arg-type]  # anything with a fileno
-                    self._receive(worker, outcomes)  # type: ignore[arg-type]
+                patience = max(0.0, min(w.due for w in active) - time.monotonic())
+                for worker in wait(active, timeout=patience):  # type: ignore  # anything with a fileno will do
+                    self._receive(worker, outcomes)  # type: ignore
                 self._expire(outcomes)
         except BaseException:
             _stop_all(self._workers)  # their answers would be taken for those of the next call
@@ -314,8 +332,8 @@ class GraderPool:
             code = self._discard(worker)
             if not started:
                 raise GraderError(
-                    f"a grading worker exited with code {code} before it was ready; its error is on stderr above; check "
-                    f"that `{sys.executable} -c 'import math_verify'` works"
+                    f"a grading worker exited with code {code} before it was ready; its error is on stderr above; "
+                    f"check that `{sys.executable} -c 'import math_verify'` works"
                 )
             if pair is not None:
                 outcomes[pair] = "crashed"

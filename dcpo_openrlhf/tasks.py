@@ -161,13 +161,20 @@ TEMPLATES = {
 }
 
 
+def prompt_template(name_or_text: str) -> PromptTemplate:
+    """The template of that name, or one made of the text. Raises TaskError for a text without {problem}."""
+    if name_or_text not in TEMPLATES and SLOT not in name_or_text:
+        raise TaskError(f"no prompt template {name_or_text!r}; take one of {sorted(TEMPLATES)} or a text with {SLOT}")
+    return TEMPLATES.get(name_or_text) or PromptTemplate(name_or_text)
+
+
 def render(
     problem: Problem, *, tokenizer: Any, template: PromptTemplate, system: str | None = None, chat: bool = True
 ) -> str:
     """The prompt text: the filled template, as one user turn of the tokenizer's chat template unless `chat` is False.
 
     With `system` None the chat template's own default applies. The text holds every special token that it needs:
-    tokenize it with add_special_tokens=False. Raises TaskError where there is no chat template or no place for `system`.
+    tokenize it with add_special_tokens=False. Raises TaskError where a chat template is needed and there is none.
     """
     user = template.fill(problem.problem)
     if not chat:
@@ -183,9 +190,9 @@ def render(
 
 
 def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: int, max_new_tokens: int) -> int:
-    """The longest prompt [tokens], once every prompt with its response is known to fit: length + max_new_tokens <= context.
+    """The longest prompt [tokens], once length + max_new_tokens <= context holds for every prompt.
 
-    Raises TaskError that names the first prompt that does not, its length, the limit and how many offend.
+    Raises TaskError that names the first prompt for which it does not, its length, the limit and how many offend.
     """
     lengths = [len(ids) for ids in tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]]
     limit = context - max_new_tokens
@@ -204,7 +211,7 @@ def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: 
 
 
 class PromptStream:
-    """Prompts without end: epoch after epoch, each a fresh permutation that depends on (seed, epoch, problem ids) alone."""
+    """Prompts without end: epoch after epoch, each a fresh permutation by (seed, epoch, problem ids) alone."""
 
     def __init__(self, problems: Sequence[Problem], *, prompts: Sequence[str], seed: int):
         """`prompts[i]` is the text of `problems[i]`. Raises TaskError for no problems, unequal counts or equal ids."""
@@ -212,8 +219,9 @@ class PromptStream:
             raise TaskError("a prompt stream needs at least one problem")
         if len(problems) != len(prompts):
             raise TaskError(f"one prompt a problem is needed, not {len(prompts)} for {len(problems)}")
-        if len({p.id for p in problems}) != len(problems):
-            raise TaskError(f"problem ids must be unique: {len(problems)} problems, {len({p.id for p in problems})} ids")
+        ids = {problem.id for problem in problems}
+        if len(ids) != len(problems):
+            raise TaskError(f"problem ids must be unique: {len(problems)} problems, {len(ids)} ids")
         self._prompts = [Prompt(problem, text) for problem, text in zip(problems, prompts, strict=True)]
         self._seed = seed
         self.fingerprint = _fingerprint(self._prompts)
