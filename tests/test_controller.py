@@ -59,7 +59,7 @@ def test_alpha_is_never_negative(schedule):
 def test_no_correct_answer_gives_alpha_zero_and_is_counted(schedule):
     controller = make(alpha_schedule=schedule)
     assert controller.alpha(0.5, 0.0) == 0.0
-    assert controller.step(0.5, 0.5, 0.0).alpha == 0.0
+    assert controller.step(1.75, 1.75, 0.0).alpha == 0.0
     assert controller.no_success_count == 2 and controller.integral == 0.0
 
 
