@@ -44,6 +44,7 @@ class _Plan(NamedTuple):
     """1 (for logp and entropy), those of tempered_logp, then the expectation's."""
     expected: bool
     entropy_grad: bool
+    overwrite_logits: bool
     tp_group: ProcessGroup | None
     first: int
     """Global id of this rank's first column."""
@@ -73,12 +74,14 @@ def token_stats(
     chunk_tokens: int = 1024,
     entropy_grad: bool = False,
     expected_temperature: float | None = None,
+    overwrite_logits: bool = False,
 ) -> TokenStats:
     """log pi(target), log pi^T(target) for every T, H(pi) and, if asked for, sum_a pi^T(a) log pi(a), of every token.
 
     logits: this rank's slice of the vocabulary in any floating type; kept by reference, not to be changed before
-    backward, which writes the gradient of this slice in their type and needs no collective. targets: global ids.
+    backward, which makes the gradient of this slice in their type and needs no collective. targets: global ids.
     vocab_size: unpadded; later columns count as absent and get gradient 0. chunk_tokens: most rows worked on at once.
+    overwrite_logits: backward writes the gradient over the logits, for callers with no other use of them.
     Raises ValueError for a temperature <= 0, an impossible vocab_size or a target outside [0, vocab_size).
     """
     shards, rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
@@ -89,6 +92,7 @@ def token_stats(
         temperatures=(1.0, *temperatures, *expected),
         expected=bool(expected),
         entropy_grad=entropy_grad,
+        overwrite_logits=overwrite_logits,
         tp_group=tp_group if shards > 1 else None,
         first=rank * shard,
         columns=min(max(vocab_size - rank * shard, 0), shard),
@@ -226,7 +230,7 @@ def _logit_gradient(
     column, here = plan.columns_of(targets)
     onehot = grad_logp.where(here, 0)[:, None]
 
-    gradient = torch.empty_like(logits)
+    gradient = logits.detach() if plan.overwrite_logits else torch.empty_like(logits)
     gradient[:, plan.columns :] = 0
     centred, weight, *spare = _buffers(logits, plan, 2 if tempered is None else 3)
     for rows in plan.blocks(logits):

@@ -7,6 +7,7 @@ from torch import Tensor
 from dcpo_openrlhf.megatron import token_stats as module
 from dcpo_openrlhf.megatron.token_stats import TokenStats, token_stats
 from tests.distributed import run_distributed
+from tools.bench import peak_extra_bytes
 
 TOKENS, VOCAB, TEMPERATURES, EXPECTED_TEMPERATURE = 13, 40, (0.8, 1.2, 1.0), 1.5
 EVERYTHING = {"temperatures": TEMPERATURES, "entropy_grad": True, "expected_temperature": EXPECTED_TEMPERATURE}
@@ -223,18 +224,36 @@ def test_nothing_as_large_as_the_logits_is_made_but_their_gradient(monkeypatch, 
     logits = torch.randn(tokens, vocab, requires_grad=True)
     targets = torch.randint(vocab, (tokens,))
     stats = token_stats(logits, targets, **EVERYTHING)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def path() -> None:
         if backward:
             (stats.logp + stats.entropy + stats.expected_logp).sum().backward()
         else:
             token_stats(logits.detach(), targets, **EVERYTHING)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+
+    peak = peak_extra_bytes(path, device="cpu")
     gradient_bytes = logits.nbytes if backward else 0
     assert gradient_bytes < peak < gradient_bytes + logits.nbytes / 8
+
+
+def test_gradient_over_the_logits_is_the_same_and_takes_no_room():
+    logits, targets, upstream = example(torch.float32, vocab_size=33)
+    reference = logits.clone().requires_grad_()
+    expected = gradient(token_stats(reference, targets, vocab_size=33, **EVERYTHING), upstream, reference)
+    logits.requires_grad_()
+    stats = token_stats(logits, targets, vocab_size=33, overwrite_logits=True, **EVERYTHING)
+    grad = gradient(stats, upstream, logits)
+    torch.testing.assert_close(grad, expected, atol=0, rtol=0)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+def test_logits_overwritten_while_still_needed_are_an_error():
+    logits, targets, _ = example(torch.float32)
+    logits.requires_grad_()
+    stats = token_stats(logits, targets, temperatures=(), overwrite_logits=True)
+    stats.logp.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stats.logp.sum().backward()
 
 
 @pytest.mark.parametrize(
