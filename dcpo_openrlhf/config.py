@@ -1,15 +1,19 @@
 """The recipe: every setting of a run, its type, its default and its rule. Nothing else in the package has defaults."""
 
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Expanded = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path)).expanduser())]
+"""A path in which ~ and $VARIABLES are filled in."""
 Positive = Annotated[int, Field(gt=0)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -22,7 +26,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: Path = Path("runs/dcpo")
+    dir: Expanded = Path("runs/dcpo")
     """Run folder: resolved recipe, metrics, checkpoints, samples, report."""
     seed: int = 1
     """Seed of prompts, engine sampling and weight initialisation."""
@@ -32,6 +36,8 @@ class Run(Section):
     """None: join the job's cluster if one is announced (RAY_ADDRESS), else start a local one."""
     logical_devices: Positive = 8
     """Devices of the local cluster that a run on cpu starts by itself."""
+    worker_logs: bool = False
+    """Show the output of actors and engines in the driver's log too; it is in Ray's session folder either way."""
     startup_timeout: Annotated[float, Field(gt=0)] = 900.0
     """Seconds until engines and actors must be ready."""
     shutdown_timeout: Annotated[float, Field(gt=0)] = 20.0
@@ -39,7 +45,7 @@ class Run(Section):
 
 
 class Model(Section):
-    path: Path
+    path: Expanded
     """Hugging Face model folder (config.json, safetensors, tokenizer)."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Working weights. bf16 keeps fp32 main weights in the optimizer."""
@@ -52,9 +58,9 @@ class Model(Section):
 
 class Task(Section):
     kind: Literal["jsonl", "arithmetic"] = "jsonl"
-    train: Path | None = None
+    train: Expanded | None = None
     """JSONL of training problems: {"id", "problem", "answer", "source"} (kind jsonl)."""
-    heldout: Path | None = None
+    heldout: Expanded | None = None
     """JSONL of held-out problems for evaluation (kind jsonl); None: no evaluation."""
     level: Annotated[int, Field(ge=1)] = 1
     """Difficulty of the built-in arithmetic."""
@@ -144,6 +150,9 @@ class Parallel(Section):
     sequence_parallel: bool = False
     """Split activations along the sequence over the tensor ranks between the matrix multiplies."""
 
+    port: Port | None = None
+    """Where the training ranks meet, on the first node; None: a free port."""
+
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices_per_node
@@ -186,6 +195,8 @@ class WeightSync(Section):
     """auto: nccl on cuda, shared_memory on cpu on one node, gloo on cpu on several."""
     deadline: Annotated[float, Field(gt=0)] = 300.0
     """Seconds for one sync before it is an error."""
+    port: Port | None = None
+    """Where trainer and engines meet over gloo or nccl, on the first training node; None: a free port."""
     verify: bool = True
     """Compare checksums of what was sent and what arrived."""
 
@@ -201,10 +212,6 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    every: Annotated[int, Field(ge=0)] = 0
-    """Steps between checkpoints; 0: none but the final one."""
-    final: bool = True
-    """Write a Megatron checkpoint after the last step."""
     export_hf: bool = True
     """Write a Hugging Face folder after the last step."""
 
@@ -293,6 +300,10 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
             f"parallel.sequence_parallel needs parallel.tensor > 1, got {p.tensor}; turn it off or raise tensor",
         ),
         (
+            p.port is None or p.port != r.weight_sync.port,
+            f"parallel.port and weight_sync.port are both {p.port}; give them different ports",
+        ),
+        (
             r.task.kind != "jsonl" or r.task.train is not None,
             "task.kind = jsonl needs task.train, a JSONL file of problems; name one or set task.kind=arithmetic",
         ),
@@ -358,7 +369,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _typed(text: str, annotation: Any) -> Any:
     """The override's text as YAML reads it, or unchanged where the schema wants text (so that 007 stays 007)."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    options = typing.get_args(annotation) if is_union else (annotation,)
+    options = [typing.get_args(o)[0] if typing.get_origin(o) is Annotated else o for o in options]
     if text == "null" and type(None) in options:
         return None
     if str in options or Path in options:

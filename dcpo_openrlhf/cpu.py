@@ -67,14 +67,13 @@ def install() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("cpu.install() was called on a machine with CUDA; set run.device=cuda")
 
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
-
+    # one function object for each name: torch's compiler refuses to see one under two names
     for name in ("synchronize", "empty_cache", "set_device", "manual_seed", "manual_seed_all", "ipc_collect"):
-        setattr(torch.cuda, name, nothing)
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
+        setattr(torch.cuda, name, lambda *_, **__: None)
+    for name in ("current_stream", "default_stream"):
+        setattr(torch.cuda, name, lambda *_, **__: _NoStream())
     torch.cuda.Stream = torch.cuda.Event = _NoStream  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_, **__: _NoStream()  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
     torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.objectives import METHODS
 
 
 def install_flash_attn_stub() -> None:
@@ -91,14 +92,23 @@ def openrlhf_args(recipe: Recipe) -> Namespace:
             "enable_sleep": False,
             "param_dtype": recipe.model.dtype,
         },
-        "vllm": {"enable_sleep": False, "num_engines": rollout.engines, "tensor_parallel_size": rollout.tensor_parallel},
+        "vllm": {
+            "enable_sleep": False,
+            "num_engines": rollout.engines,
+            "tensor_parallel_size": rollout.tensor_parallel,
+        },
         "reward": {
             "clip_range": (-10.0, 10.0),
             "overlong_buffer_len": None,
             "overlong_penalty_factor": None,
             "stop_properly_penalty_coef": None,
         },
-        "eval": {"dataset": None, "steps": float("inf"), "temperature": recipe.evaluation.temperature, "n_samples_per_prompt": 1},
+        "eval": {
+            "dataset": None,
+            "steps": float("inf"),
+            "temperature": recipe.evaluation.temperature,
+            "n_samples_per_prompt": 1,
+        },
         "ckpt": {
             "path": str(recipe.run.dir / "checkpoints"),
             "save_steps": float("inf"),
@@ -121,6 +131,9 @@ class RecipeStrategy:
 
     def __init__(self, recipe: Recipe, *, rank: int = 0) -> None:
         self.recipe = recipe
+        self.entropy_coefficient = (
+            recipe.method.entropy_coefficient if METHODS[recipe.method.name].entropy_gradient else 0.0
+        )
         self.args = openrlhf_args(recipe)
         self.rank = rank
 

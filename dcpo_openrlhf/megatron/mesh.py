@@ -27,10 +27,16 @@ class Mesh:
     @property
     def is_data_leader(self) -> bool:
         """One rank of each data-parallel replica speaks for it: the last pipeline stage's first tensor and context rank."""
-        return self.tensor_rank == 0 and self.context_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        return (
+            self.tensor_rank == 0
+            and self.context_rank == 0
+            and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        )
 
 
-def init_mesh(parallel: Parallel, *, device: str, rank: int, world_size: int, seed: int, timeout: float = 1800.0) -> Mesh:
+def init_mesh(
+    parallel: Parallel, *, device: str, rank: int, world_size: int, seed: int, timeout: float = 1800.0
+) -> Mesh:
     """Process groups of `parallel` over `world_size` ranks (nccl on cuda, gloo on cpu; MASTER_ADDR and MASTER_PORT are set).
 
     Raises ValueError where the mesh does not fill the world.

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -55,9 +58,13 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     Raises ValueError for another architecture or a sliding window.
     """
     if hf.model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; add its names to megatron/names.py")
+        raise ValueError(
+            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; add its names to megatron/names.py"
+        )
     if getattr(hf, "use_sliding_window", False):
-        raise ValueError(f"{hf.model_type} with use_sliding_window = true is not supported; set it to false in config.json")
+        raise ValueError(
+            f"{hf.model_type} with use_sliding_window = true is not supported; set it to false in config.json"
+        )
     dtype = DTYPES[model.dtype]
     moe = {}
     if hf.model_type == "qwen3_moe":
@@ -146,7 +153,9 @@ def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) 
 def load_weights(policy: Policy, weights: "HFWeights", *, mesh: Mesh) -> None:
     """Copy each parameter's shard of the Hugging Face tensors in place."""
     for entry, parameter in policy.entries():
-        tensors = [weights[name] for name in (_TIED_HEAD if policy.tied and entry.hf_names == _HEAD else entry.hf_names)]
+        tensors = [
+            weights[name] for name in (_TIED_HEAD if policy.tied and entry.hf_names == _HEAD else entry.hf_names)
+        ]
         shard = entry.cut.shard(tensors, mesh.tensor_rank, mesh.tensor_size, policy.shape)
         if shard.shape != parameter.shape:
             raise ValueError(
@@ -168,7 +177,9 @@ class HFWeights:
             with safe_open(single, framework="pt") as file:
                 self._file_of = dict.fromkeys(file.keys(), single.name)
         else:
-            raise FileNotFoundError(f"{path} holds neither model.safetensors nor model.safetensors.index.json; model.path must be a Hugging Face folder")
+            raise FileNotFoundError(
+                f"{path} holds neither model.safetensors nor model.safetensors.index.json; model.path must be a Hugging Face folder"
+            )
         self._path = path
         self._open: dict[str, Any] = {}
 
@@ -215,7 +226,9 @@ def _layer_spec(config: TransformerConfig, layers: str, device: str) -> ModuleSp
         layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
     moe = config.num_moe_experts
     if layers == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(num_experts=moe, moe_grouped_gemm=False, qk_layernorm=bool(config.qk_layernorm))
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=moe, moe_grouped_gemm=False, qk_layernorm=bool(config.qk_layernorm)
+        )
     spec = get_gpt_layer_local_spec(num_experts=moe, qk_layernorm=bool(config.qk_layernorm), normalization="RMSNorm")
     parts: Any = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm

@@ -83,7 +83,10 @@ TABLE: dict[str, tuple[tuple[str, ...], Cut]] = {
         (_HF + "mlp.experts.{expert}.gate_proj.weight", _HF + "mlp.experts.{expert}.up_proj.weight"),
         GATE_UP,
     ),
-    _MG + "mlp.experts.local_experts.{expert}.linear_fc2.weight": ((_HF + "mlp.experts.{expert}.down_proj.weight",), COLUMNS),
+    _MG + "mlp.experts.local_experts.{expert}.linear_fc2.weight": (
+        (_HF + "mlp.experts.{expert}.down_proj.weight",),
+        COLUMNS,
+    ),
     "decoder.final_layernorm.weight": (("model.norm.weight",), REPLICATED),
     "output_layer.weight": (("lm_head.weight",), VOCABULARY),
 }
@@ -104,7 +107,9 @@ class Entry:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)"))
+    return re.compile(
+        re.escape(name).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
+    )
 
 
 _PATTERNS = [(_pattern(name), name) for name in TABLE] + [(_pattern(alias), name) for alias, name in _ALIASES.items()]
@@ -120,12 +125,17 @@ def entry_of(name: str, *, first_layer: int = 0, first_expert: int = 0) -> Entry
         if match:
             hf_names, cut = TABLE[key]
             found = match.groupdict()
-            numbers = {"layer": int(found.get("layer") or 0) + first_layer, "expert": int(found.get("expert") or 0) + first_expert}
+            numbers = {
+                "layer": int(found.get("layer") or 0) + first_layer,
+                "expert": int(found.get("expert") or 0) + first_expert,
+            }
             return Entry(tuple(hf.format(**numbers) for hf in hf_names), cut)
     raise KeyError(f"Megatron parameter {name!r} is not in names.TABLE; add its row there")
 
 
-def entries(model: torch.nn.Module, *, first_layer: int = 0, first_expert: int = 0) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
+def entries(
+    model: torch.nn.Module, *, first_layer: int = 0, first_expert: int = 0
+) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
     """Each parameter of a bare GPTModel with its entry, in the model's own order."""
     for name, parameter in model.named_parameters():
         yield entry_of(name, first_layer=first_layer, first_expert=first_expert), parameter

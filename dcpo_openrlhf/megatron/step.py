@@ -1,13 +1,12 @@
 """One forward for token statistics, one update for a mini-batch: packed micro-batches through megatron-core's schedules."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -19,63 +18,10 @@ from torch import Tensor
 
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.config import Loss, Optimizer
+from dcpo_openrlhf.megatron.batch import Packed, Rows, micro_batches
 from dcpo_openrlhf.megatron.mesh import Mesh
 from dcpo_openrlhf.megatron.model import Policy
 from dcpo_openrlhf.megatron.token_stats import token_stats
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Padded responses of one rank. Action t is the choice of token t + 1, so action tensors are one shorter than sequences."""
-
-    sequences: Int[Tensor, "batch time"]
-    attention_mask: Bool[Tensor, "batch time"]
-    action_mask: Bool[Tensor, "batch time-1"]
-    old_logp: Float[Tensor, "batch time-1"] | None = None
-    advantage: Float[Tensor, "batch time-1"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Some rows without their padding, one after the other: one micro-batch."""
-
-    tokens: Int[Tensor, "1 tokens"]
-    positions: Int[Tensor, "1 tokens"]
-    sequence_params: PackedSeqParams
-    selected: Int[Tensor, " actions"]
-    """Where in `tokens` each action is taken."""
-    targets: Int[Tensor, " actions"]
-    """The token chosen by each action."""
-    rows: slice
-    """Which of the rank's rows these are."""
-
-
-def pack(rows: Rows, part: slice) -> Packed:
-    """Rows `part` as one packed micro-batch."""
-    keep = rows.attention_mask[part].bool()
-    actions = rows.action_mask[part].bool()
-    lengths = keep.sum(1)
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    longest = int(lengths.max())
-    flat = (keep.flatten().cumsum(0) - 1).view_as(keep)  # index in the pack of every kept token
-    return Packed(
-        tokens=rows.sequences[part][keep][None],
-        positions=(keep.cumsum(1) - 1)[keep][None],
-        sequence_params=PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-        ),
-        selected=flat[:, :-1][actions],
-        targets=rows.sequences[part][:, 1:][actions],
-        rows=part,
-    )
-
-
-def micro_batches(rows: Rows, size: int) -> list[Packed]:
-    """The rows in packs of at most `size` rows."""
-    return [pack(rows, slice(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
 
 
 class PolicyStep:
@@ -109,7 +55,11 @@ class PolicyStep:
 
         def collect(packed: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             stats = token_stats(
-                logits, packed.targets, temperatures=temperatures, tp_group=_tensor_group(), vocab_size=self.policy.shape.vocab_size
+                logits,
+                packed.targets,
+                temperatures=temperatures,
+                tp_group=_tensor_group(),
+                vocab_size=self.policy.shape.vocab_size,
             )
             mask = rows.action_mask[packed.rows].bool()
             for name, values in out.items():
@@ -128,7 +78,7 @@ class PolicyStep:
         The gradient is that of (sum of losses over all ranks) / (rows or tokens of all ranks): the same for every mesh and
         every split into micro-batches. Raises FloatingPointError when loss or gradient norm is not finite.
         """
-        assert rows.old_logp is not None and rows.advantage is not None
+        assert rows.old_logp is not None and rows.advantages
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(rows, partial(self._loss, rows, entropy_coefficient), forward_only=False)
@@ -143,9 +93,11 @@ class PolicyStep:
         self.schedule.step(increment=1)
         return metrics | {"policy/grad_norm": float(grad_norm), "policy/learning_rate": float(learning_rate)}
 
-    def _loss(self, rows: Rows, entropy_coefficient: float, packed: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, rows: Rows, entropy_coefficient: float, packed: Packed, logits: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss sum, count it is divided by, sums to log) of one micro-batch."""
-        assert rows.old_logp is not None and rows.advantage is not None
+        assert rows.old_logp is not None and rows.advantages
         mask = rows.action_mask[packed.rows].bool()
         weight = objectives.token_weight(mask=mask, aggregation=self.loss.aggregation)[mask]
         stats = token_stats(
@@ -156,22 +108,22 @@ class PolicyStep:
             vocab_size=self.policy.shape.vocab_size,
             entropy_grad=entropy_coefficient > 0,
         )
-        terms = objectives.surrogate_terms(
+        device = logits.device
+        terms = objectives.objective_terms(
             logp=stats.logp,
-            old_logp=rows.old_logp[packed.rows][mask].to(logits.device),
-            advantage=rows.advantage[packed.rows][mask].to(logits.device),
-            weight=weight.to(logits.device),
-            mask=torch.ones_like(packed.targets, dtype=torch.bool),
+            old_logp=rows.old_logp[packed.rows][mask].to(device),
+            advantages=tuple(advantage[packed.rows][mask].to(device) for advantage in rows.advantages),
+            weight=weight.to(device),
+            mask=torch.ones_like(stats.logp, dtype=torch.bool),
             clip_low=self.loss.clip_low,
             clip_high=self.loss.clip_high,
             dual_clip=self.loss.dual_clip,
+            entropy=stats.entropy if entropy_coefficient > 0 else None,
+            entropy_coefficient=entropy_coefficient,
         )
-        loss_sum = terms.loss_sum
-        if entropy_coefficient > 0:
-            loss_sum = loss_sum - entropy_coefficient * (weight.to(logits.device) * stats.entropy).sum()
         count = objectives.loss_denominator(mask=mask, aggregation=self.loss.aggregation)
         sums = {
-            "loss": loss_sum.detach(),
+            "loss": terms.loss_sum.detach(),
             "count": count,
             "clip_high": terms.clip_high_sum,
             "clip_low": terms.clip_low_sum,
@@ -179,7 +131,7 @@ class PolicyStep:
             "entropy": stats.entropy.detach().sum(),
             "tokens": terms.token_count,
         }
-        return loss_sum, count.int().to(logits.device), {k: v.double().cpu() for k, v in sums.items()}
+        return terms.loss_sum, count.int().to(device), {k: v.double().cpu() for k, v in sums.items()}
 
     def _run(self, rows: Rows, loss: Any, *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Every micro-batch through megatron-core's schedule; what `loss` returned third, on the last stage."""
@@ -200,7 +152,11 @@ class PolicyStep:
         self._selected = packed.selected.to(device)
         options = {"fp32_output": False} if self.policy.config.bf16 else {}
         output = model(
-            packed.tokens.to(device), packed.positions.to(device), None, packed_seq_params=packed.sequence_params, **options
+            packed.tokens.to(device),
+            packed.positions.to(device),
+            None,
+            packed_seq_params=_sequence_params(packed, device),
+            **options,
         )
         return output, lambda logits: loss(packed, self._action_logits(logits, packed))
 
@@ -212,12 +168,29 @@ class PolicyStep:
     def _action_logits(self, logits: Tensor, packed: Packed) -> Float[Tensor, "actions vocabulary"]:
         logits = logits.squeeze(0)
         # under sequence parallelism the positions are spread over ranks, so the choice comes after the output layer
-        return logits.index_select(0, packed.selected.to(logits.device)) if self.policy.config.sequence_parallel else logits
+        return (
+            logits.index_select(0, packed.selected.to(logits.device))
+            if self.policy.config.sequence_parallel
+            else logits
+        )
+
+
+def _sequence_params(packed: Packed, device: torch.device) -> PackedSeqParams:
+    bounds = packed.bounds.to(device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=packed.longest,
+        max_seqlen_kv=packed.longest,
+    )
 
 
 def _distributed(policy: Policy) -> DistributedDataParallel:
     module = Float16Module(policy.config, policy.model) if policy.config.bf16 else policy.model
-    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True)
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+    )
     ddp = DistributedDataParallel(policy.config, options, module)
     ddp.broadcast_params()
     return ddp

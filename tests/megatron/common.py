@@ -7,12 +7,15 @@ import torch
 
 from dcpo_openrlhf import cpu
 from dcpo_openrlhf.config import Loss, Model, Optimizer, Parallel, Train
+from dcpo_openrlhf.megatron.batch import Rows
 from dcpo_openrlhf.megatron.mesh import Mesh, init_mesh
 from dcpo_openrlhf.megatron.model import Policy, build_policy
-from dcpo_openrlhf.megatron.step import PolicyStep, Rows
+from dcpo_openrlhf.megatron.step import PolicyStep
 
 
-def make_policy(path: Path, *, rank: int, world_size: int, dtype: str = "fp32", **mesh_sizes: Any) -> tuple[Policy, Mesh]:
+def make_policy(
+    path: Path, *, rank: int, world_size: int, dtype: str = "fp32", **mesh_sizes: Any
+) -> tuple[Policy, Mesh]:
     """The policy of the HF folder on a CPU mesh, tensor/pipeline/... sizes by keyword."""
     cpu.install()
     parallel = Parallel(nodes=1, devices_per_node=world_size, **mesh_sizes)
@@ -21,7 +24,9 @@ def make_policy(path: Path, *, rank: int, world_size: int, dtype: str = "fp32", 
     return build_policy(model=model, parallel=parallel, train=Train(), mesh=mesh), mesh
 
 
-def make_step(policy: Policy, mesh: Mesh, *, micro_batch_size: int = 2, learning_rate: float = 1e-3, **loss: Any) -> PolicyStep:
+def make_step(
+    policy: Policy, mesh: Mesh, *, micro_batch_size: int = 2, learning_rate: float = 1e-3, **loss: Any
+) -> PolicyStep:
     return PolicyStep(
         policy,
         mesh,
@@ -44,10 +49,4 @@ def random_rows(*, batch: int = 8, longest: int = 24, vocab_size: int = 256, see
     sequences = torch.randint(0, vocab_size, (batch, longest), generator=g) * attention
     advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
     old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
-    return Rows(sequences, attention, actions, old_logp, advantage)
-
-
-def share(rows: Rows, mesh: Mesh) -> Rows:
-    """This data rank's rows."""
-    part = slice(mesh.data_rank * len(rows) // mesh.data_size, (mesh.data_rank + 1) * len(rows) // mesh.data_size)
-    return Rows(*(getattr(rows, name)[part] for name in ("sequences", "attention_mask", "action_mask", "old_logp", "advantage")))
+    return Rows(sequences, attention, actions, old_logp, (advantage,))

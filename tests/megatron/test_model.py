@@ -37,11 +37,20 @@ def _hf_statistics(path: Path):
     }
 
 
-CASES = [("llama", 1, True), ("llama", 2, True), ("llama", 2, False), ("llama", 4, True), ("qwen2", 2, True), ("qwen3", 2, False)]
+CASES = [
+    ("llama", 1, True),
+    ("llama", 2, True),
+    ("llama", 2, False),
+    ("llama", 4, True),
+    ("qwen2", 2, True),
+    ("qwen3", 2, False),
+]
 
 
 @pytest.mark.parametrize(("architecture", "tensor", "tie"), CASES)
-def test_statistics_and_weights_are_those_of_transformers(tmp_path: Path, architecture: str, tensor: int, tie: bool) -> None:
+def test_statistics_and_weights_are_those_of_transformers(
+    tmp_path: Path, architecture: str, tensor: int, tie: bool
+) -> None:
     path = make_tiny_model(tmp_path, architecture=architecture, kv_heads=4, tie=tie)
     results = run_distributed(_statistics, tensor, path, tensor)
     expected = _hf_statistics(path)

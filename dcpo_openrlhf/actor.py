@@ -1,0 +1,166 @@
+"""The policy as Ray actors: OpenRLHF's BaseModelActor around megatron/, and the group that deals rows to data-parallel ranks."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub
+
+install_flash_attn_stub()
+
+from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
+
+from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
+
+
+class MegatronActorBase(BaseModelActor):
+    """One rank of the policy. Each method is one call into megatron/; `MegatronActor` is the Ray class of it."""
+
+    def init_model_from_pretrained(
+        self, strategy: RecipeStrategy, pretrain: str, max_steps: int, vllm_engines: Sequence[Any]
+    ) -> int:
+        """Build this rank's model, optimizer and weight sync; returns its data-parallel rank."""
+        recipe = strategy.recipe
+        self.strategy = strategy
+        self.strategy.rank = self._rank
+        if recipe.run.device == "cpu":
+            from dcpo_openrlhf import cpu
+
+            cpu.install()
+            # Ray sets OMP_NUM_THREADS to the actor's CPU share; ranks share the machine's cores
+            torch.set_num_threads(max((os.cpu_count() or 1) // recipe.parallel.devices_per_node, 1))
+        torch.manual_seed(recipe.run.seed)
+        from dcpo_openrlhf.megatron.mesh import init_mesh
+        from dcpo_openrlhf.megatron.model import build_policy
+        from dcpo_openrlhf.megatron.step import PolicyStep
+
+        self.mesh = init_mesh(
+            recipe.parallel,
+            device=recipe.run.device,
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=recipe.run.seed,
+        )
+        self.policy = build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=self.mesh)
+        self.step = PolicyStep(
+            self.policy,
+            self.mesh,
+            optimizer=recipe.optimizer,
+            loss=recipe.loss,
+            micro_batch_size=recipe.train.micro_batch_size,
+            total_updates=max_steps,
+        )
+        self._updates: list[Rows] = []
+        self._entropy_coefficient = strategy.entropy_coefficient
+        self._connect(recipe, vllm_engines)
+        return self.mesh.data_rank
+
+    def _connect(self, recipe: Recipe, engines: Sequence[Any]) -> None:
+        from dcpo_openrlhf import weight_sync
+        from dcpo_openrlhf.weight_sync.source import MegatronWeightSource
+
+        self.weight_sync = weight_sync.connect(
+            transport=recipe.transport,
+            rank=self._rank,
+            engines=engines,
+            source=MegatronWeightSource(self.policy, tensor_size=self.mesh.tensor_size),
+            deadline_s=recipe.weight_sync.deadline,
+            engine_world_size=recipe.rollout.tensor_parallel,
+            verify=recipe.weight_sync.verify,
+        )
+
+    def token_statistics(self, rows: Rows, temperatures: list[float]) -> dict[str, torch.Tensor] | None:
+        """Token statistics of this data rank's rows; from one rank of each replica, None from the others."""
+        stats = self.step.token_statistics(rows, temperatures=temperatures)
+        return stats if self.mesh.is_data_leader else None
+
+    def append(self, experience: Rows) -> None:
+        """Keep this data rank's rows of one update for `fit`."""
+        self._updates.append(experience)
+
+    def fit(self, kl_ctl: float = 0.0) -> dict[str, float]:
+        """One optimizer step for each appended update; the mean of their metrics, the same on every rank."""
+        updates, self._updates = self._updates, []
+        metrics = [self.step.update(rows, entropy_coefficient=self._entropy_coefficient) for rows in updates]
+        return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+
+    def broadcast_to_vllm(self) -> int:
+        """Send the weights to every engine; returns their new version."""
+        self.weight_sync.send_weights()
+        return self.weight_sync.version
+
+    def save_model(self, output: str) -> str:
+        """Write the policy as a Hugging Face folder (rank 0 writes, the others help to gather)."""
+        from dcpo_openrlhf.megatron.export import write_hf_folder
+        from dcpo_openrlhf.megatron.model import hf_tensors
+
+        tensors = hf_tensors(self.policy)
+        if self._rank == 0:
+            write_hf_folder(tensors, source=self.strategy.recipe.model.path, output=Path(output))
+        else:
+            for _ in tensors:
+                pass
+        return output
+
+    def weight_checksums(self) -> dict[str, int]:
+        """Name -> checksum of what the last sync sent (rank 0)."""
+        return self.weight_sync.checksums
+
+    def peak_memory_gib(self) -> float:
+        """Peak resident memory of this process, or of its device on cuda [GiB]."""
+        if self.mesh.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def empty_cache(self) -> None:
+        if self.mesh.device.type == "cuda":
+            super().empty_cache()
+
+
+MegatronActor = ray.remote(num_gpus=1)(MegatronActorBase)
+
+
+class MegatronActorGroup(RayActorGroup):
+    """OpenRLHF's actor group that deals rows by data-parallel rank: an actor's position in the list says nothing about it."""
+
+    data_ranks: list[int]
+    """Data-parallel rank of each actor; set by `init`."""
+
+    def init(self, strategy: RecipeStrategy, max_steps: int, engines: Sequence[Any], *, timeout: float) -> None:
+        """Build the model on every actor. Raises ray.exceptions.GetTimeoutError after `timeout` seconds."""
+        refs = self.async_init_model_from_pretrained(strategy, str(strategy.recipe.model.path), max_steps, engines)
+        self.data_ranks = ray.get(refs, timeout=timeout)
+
+    def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[ray.ObjectRef]:
+        """Each item of each list is one mini-batch of rows, cut evenly over the data ranks; one ref an actor, in actor order."""
+        parts = max(self.data_ranks) + 1
+        refs = []
+        cut = {r: ray.put({k: [_part(item, r, parts) for item in v] for k, v in kwargs.items()}) for r in range(parts)}
+        length = len(next(iter(kwargs.values())))
+        for actor, data_rank in zip(self._actor_handlers, self.data_ranks, strict=True):
+            refs.append(actor.execute_batch.remote(method_name, cut[data_rank], 0, length))
+        return refs
+
+    def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
+        """Results of `async_run_method_batch` put together again: one dict of [batch, ...] tensors for each mini-batch."""
+        by_rank: dict[int, list[dict[str, torch.Tensor]]] = {}
+        for data_rank, results in zip(self.data_ranks, ray.get(refs), strict=True):
+            if results[0] is not None:
+                by_rank[data_rank] = results
+        ordered = [by_rank[rank] for rank in sorted(by_rank)]
+        return [
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for parts in zip(*ordered, strict=True)
+        ]
+
+
+def _part(item: Any, rank: int, parts: int) -> Any:
+    """Rows of one data rank; anything that is not Rows goes to all."""
+    return item.part(rank, parts) if isinstance(item, Rows) else item

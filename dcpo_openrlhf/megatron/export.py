@@ -1,0 +1,65 @@
+"""The live policy written as a Hugging Face folder that transformers and vLLM load."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 5 * 2**30
+# everything of the source folder that describes the model or its tokenizer; weights are written anew
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_INDEX = "model.safetensors.index.json"
+
+
+def write_hf_folder(
+    tensors: Iterable[tuple[str, Tensor]], *, source: Path, output: Path, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """`output`: tensors in safetensors files of at most `shard_bytes`, config, tokenizer and generation config from `source`.
+
+    Written aside and renamed when whole; an existing `output` is replaced only then. One shard is held in memory at a time.
+    """
+    aside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.name != _INDEX:
+                shutil.copy2(file, aside / file.name)
+    _write_weights(tensors, aside, shard_bytes)
+    if output.exists():
+        shutil.rmtree(output)
+    aside.rename(output)
+    return output
+
+
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous().clone()
+        if held and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{index}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))

@@ -1,0 +1,213 @@
+"""Entry: recipe -> preflight -> Ray -> trainer. `python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-run]`."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dcpo_openrlhf import preflight, tasks
+from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe, resolved_yaml
+
+logger = logging.getLogger("dcpo_openrlhf")
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived: everything this run started is ended on the way out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 when the recipe ran to its end, 2 for a recipe or data that cannot run, 128 + signal after a signal."""
+    arguments = _parser().parse_args(argv)
+    _log_to_stdout()
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        preflight.check(recipe)
+        if arguments.dry_run:
+            print(resolved_yaml(recipe), end="")
+            return 0
+        run(recipe)
+    except (RecipeError, tasks.TaskError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        number = interrupted.args[0]
+        print(f"ended by {signal.Signals(number).name}; every process of this run is gone", file=sys.stderr)
+        return 128 + number
+    return 0
+
+
+def run(recipe: Recipe) -> None:
+    """Read the data, join or start Ray, start engines and policy, train, and leave nothing behind."""
+    tokenizer = _tokenizer(recipe)
+    prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
+    recipe.run.dir.mkdir(parents=True, exist_ok=True)
+    (recipe.run.dir / "recipe.yaml").write_text(resolved_yaml(recipe))
+    with _signals_raise(), contextlib.ExitStack() as stack:
+        _join_ray(recipe, stack)
+        # these import ray, vllm and megatron: seconds that bad input should not cost
+        from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+        from dcpo_openrlhf.rewards import GraderPool
+        from dcpo_openrlhf.trainer import DCPOTrainer
+
+        strategy = RecipeStrategy(recipe)
+        grader = stack.enter_context(
+            GraderPool(
+                workers=recipe.reward.workers, extractor=recipe.reward.extractor, deadline_s=recipe.reward.deadline
+            )
+        )
+        engines, group = _start_actors(recipe, strategy, stack)
+        trainer = DCPOTrainer(strategy, group, engines, tokenizer, prompts=prompts, heldout=heldout, grader=grader)
+        trainer.fit()
+
+
+def _log_to_stdout() -> None:
+    """One line a step from this package; from the libraries, warnings that are not about packages this run does not need."""
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout, force=True
+    )
+    logger.setLevel(logging.INFO)
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|ray|megatron|deepspeed)\b")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dcpo_openrlhf.train_dcpo", description="Fine-tune a language model with DCPO."
+    )
+    parser.add_argument(
+        "--recipe", required=True, metavar="FILE", help="YAML; it lists only what differs from the schema's defaults"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="validate and print the resolved recipe; start nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="typed by the schema, for example train.steps=10"
+    )
+    return parser
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise RecipeError(
+            f"the tokenizer of {recipe.model.path} has eos_token_id = {tokenizer.eos_token_id} and pad_token_id = {tokenizer.pad_token_id}; "
+            "both must be set in its tokenizer_config.json, or responses never end"
+        )
+    return tokenizer
+
+
+def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[tasks.Prompt]]:
+    """The endless training prompts and the held-out ones; every prompt is checked to fit."""
+    t = recipe.task
+    if t.kind == "arithmetic":
+        train = tasks.arithmetic(level=t.level, split="train", seed=recipe.run.seed)
+        heldout = tasks.arithmetic(level=t.level, split="heldout", seed=recipe.run.seed)
+    else:
+        assert t.train is not None
+        train = tasks.load_jsonl(t.train)
+        heldout = tasks.load_jsonl(t.heldout) if t.heldout else []
+    heldout = heldout[: recipe.evaluation.problems]
+    template = tasks.TEMPLATES.get(t.template) or tasks.PromptTemplate(t.template)
+
+    def texts(problems: Sequence[tasks.Problem]) -> list[str]:
+        return [tasks.render(p, tokenizer=tokenizer, template=template, system=t.system, chat=t.chat) for p in problems]
+
+    stream = tasks.PromptStream(train, prompts=texts(train), seed=recipe.run.seed)
+    heldout_prompts = [tasks.Prompt(p, text) for p, text in zip(heldout, texts(heldout), strict=True)]
+    everything = [tasks.Prompt(p, text) for p, text in zip(train, texts(train), strict=True)] + heldout_prompts
+    r = recipe.rollout
+    tasks.check_prompt_lengths(everything, tokenizer=tokenizer, context=r.context, max_new_tokens=r.max_new_tokens)
+    return stream, heldout_prompts
+
+
+def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
+    """Connect to the announced cluster, or start a local one that ends with the run; refuse one that is too small."""
+    import ray
+
+    address = recipe.run.ray_address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": recipe.run.worker_logs, "logging_level": logging.WARNING}
+    if address:
+        ray.init(address=address, **options)
+    else:
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        if recipe.run.device == "cpu":
+            options |= {"num_cpus": recipe.run.logical_devices, "num_gpus": recipe.run.logical_devices}
+        ray.init(include_dashboard=False, **options)
+    stack.callback(ray.shutdown)
+    resources = ray.cluster_resources()
+    preflight.check_cluster(recipe, gpus=resources.get("GPU", 0), cpus=resources.get("CPU", 0))
+
+
+def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) -> tuple[list[Any], Any]:
+    """Rollout engines and policy ranks, started side by side; both are ended when the stack unwinds."""
+    import ray
+
+    from dcpo_openrlhf.actor import MegatronActor, MegatronActorGroup
+    from dcpo_openrlhf.rollout import create_rollout_engines, shutdown_engines, wait_until_ready
+
+    r, p, begin = recipe.rollout, recipe.parallel, time.monotonic()
+    engines = create_rollout_engines(
+        count=r.engines,
+        tensor_parallel=r.tensor_parallel,
+        model=str(recipe.model.path),
+        seed=recipe.run.seed,
+        max_model_len=r.context,
+        dtype=recipe.engine_dtype,
+        device=recipe.run.device,
+        transport=recipe.transport,
+        gpu_memory_utilization=r.gpu_memory_utilization,
+        cpu_kv_cache_gb=r.cpu_kv_cache_gb,
+        cpu_threads=r.cpu_threads,
+        enforce_eager=r.enforce_eager or recipe.run.device == "cpu",
+        enable_prefix_caching=r.enable_prefix_caching,
+        trust_remote_code=recipe.model.trust_remote_code,
+        max_num_seqs=r.max_sequences,
+        timeout_s=recipe.run.startup_timeout,
+    )
+    stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
+    group = MegatronActorGroup(p.nodes, p.devices_per_node, MegatronActor)
+    stack.callback(_kill, group)
+    logger.info("starting %d rollout engines and %d policy ranks", r.engines, p.world_size)
+    wait_until_ready(engines, recipe.run.startup_timeout)
+    updates = recipe.train.steps * recipe.updates_per_step
+    group.init(strategy, updates, engines, timeout=recipe.run.startup_timeout)
+    logger.info(
+        "engines and policy are ready after %.0f s (%s)",
+        time.monotonic() - begin,
+        ray.cluster_resources().get("GPU", 0),
+    )
+    return engines, group
+
+
+def _kill(group: Any) -> None:
+    import ray
+
+    for actor in group._actor_handlers:
+        ray.kill(actor)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted once, so that every started process is ended in order; a second one is ignored."""
+
+    def handle(number: int, _: Any) -> None:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {name: signal.signal(name, handle) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
