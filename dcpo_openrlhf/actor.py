@@ -79,6 +79,10 @@ class MegatronActorBase(BaseModelActor):
         stats = self.step.token_statistics(rows, temperatures=temperatures)
         return stats if self.mesh.is_data_leader else None
 
+    def greedy(self, prompts: list[list[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
+        """The trainer's own greedy continuations, to compare with an engine's."""
+        return self.step.greedy(prompts, max_new_tokens=max_new_tokens, eos=eos)
+
     def append(self, experience: Rows) -> None:
         """Keep this data rank's rows of one update for `fit`."""
         self._updates.append(experience)

@@ -72,6 +72,37 @@ class PolicyStep:
         self.model.train()
         return out
 
+    def greedy(self, prompts: list[list[int]], *, max_new_tokens: int, eos: int) -> list[list[int]]:
+        """The most likely continuation of each prompt, end token included: one whole forward a token, for checks alone."""
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            raise NotImplementedError("greedy() needs pipeline = 1; check the exported model instead")
+        sequences, done = [list(p) for p in prompts], [False] * len(prompts)
+        self.model.eval()
+        for _ in range(max_new_tokens):
+            longest = max(map(len, sequences))
+            tokens = torch.tensor([s + [eos] * (longest + 1 - len(s)) for s in sequences])
+            ends = torch.tensor([len(s) for s in sequences])[:, None]
+            columns = torch.arange(longest + 1)[None]
+            rows = Rows(tokens, columns < ends + 1, (columns == ends)[:, 1:])
+            chosen: list[int] = []
+            with torch.no_grad():
+                self._run(rows, partial(self._most_likely, chosen), forward_only=True)
+            for i, token in enumerate(chosen):
+                if not done[i]:
+                    sequences[i].append(token)
+                    done[i] = token == eos
+        self.model.train()
+        return [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]
+
+    def _most_likely(
+        self, chosen: list[int], _: Packed, logits: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        group = parallel_state.get_tensor_model_parallel_group()
+        shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shards, logits.contiguous(), group=group)
+        chosen.extend(torch.cat(shards, -1)[:, : self.policy.shape.vocab_size].argmax(-1).tolist())
+        return logits.new_zeros(()), torch.zeros((), dtype=torch.int), {}
+
     def update(self, rows: Rows, *, entropy_coefficient: float = 0.0) -> dict[str, float]:
         """One optimizer step on the mini-batch of which `rows` are this rank's; returns metrics of the whole mini-batch.
 

@@ -1,0 +1,97 @@
+"""Trainer and engine hold the same policy: after a sync from tp = 2 their greedy outputs are equal, before it they are not."""
+
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from tests.tiny import make_tiny_model
+
+QUESTIONS = [f"What is {a} + {b}?" for a, b in [(1, 2), (3, 9), (5, 5), (0, 7)]]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"device": "cpu", "dir": tmp_path_factory.mktemp("run")},
+            "model": {"path": make_tiny_model(tmp_path_factory.mktemp("trainer"), tie=False, seed=1), "dtype": "fp32"},
+            "task": {"kind": "arithmetic"},
+            "parallel": {"devices_per_node": 2, "tensor": 2},
+            "rollout": {"engines": 1, "max_prompt_tokens": 100, "max_new_tokens": TOKENS},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def stack(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
+    """(policy group, engines): the engine starts with the weights of another model."""
+    from dcpo_openrlhf.actor import MegatronActor, MegatronActorGroup
+    from dcpo_openrlhf.rollout import create_rollout_engines, shutdown_engines, wait_until_ready
+
+    other = make_tiny_model(tmp_path_factory.mktemp("engine"), tie=False, seed=2)
+    ray.init(num_cpus=3, num_gpus=3, include_dashboard=False, log_to_driver=False)
+    engines = create_rollout_engines(
+        count=1,
+        tensor_parallel=1,
+        model=str(other),
+        seed=0,
+        max_model_len=128,
+        dtype="float32",
+        device="cpu",
+        transport=recipe.transport,
+        cpu_kv_cache_gb=0.1,
+    )
+    group = MegatronActorGroup(1, 2, MegatronActor)
+    wait_until_ready(engines, 300)
+    group.init(RecipeStrategy(recipe), 1, engines, timeout=300)
+    yield group, engines
+    shutdown_engines(engines)
+    ray.shutdown()
+
+
+def engine_greedy(recipe: Recipe, engines: list) -> list[list[int]]:
+    from dcpo_openrlhf.rollout import DCPOSamplesGenerator
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    generator = DCPOSamplesGenerator(RecipeStrategy(recipe), None, None, tokenizer, engines)
+    samples = generator.generate(
+        QUESTIONS, [""] * 4, step=0, n_samples=1, max_new_tokens=TOKENS, max_len=128, temperature=0.0
+    )
+    return [s.sequences[0, 1:][s.action_mask[0].bool()].tolist() for s in samples]
+
+
+def test_greedy_outputs_are_equal_after_the_first_sync(recipe: Recipe, stack) -> None:
+    group, engines = stack
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    prompts = tokenizer(QUESTIONS, add_special_tokens=False)["input_ids"]
+    own = ray.get(group.async_run_method("greedy", prompts, TOKENS, tokenizer.eos_token_id))
+    assert own[0] == own[1]  # both tensor ranks
+    assert len({tuple(o) for o in own[0]}) > 1  # a model that says one thing to all would prove nothing
+    hf = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
+    first = hf(torch.tensor([prompts[0]])).logits[0, -1].argmax()
+    assert own[0][0][0] == int(first)
+
+    assert engine_greedy(recipe, engines) != own[0]
+    assert ray.get(group.async_run_method("broadcast_to_vllm")) == [1, 1]
+    assert engine_greedy(recipe, engines) == own[0]
+
+
+def test_rows_are_dealt_by_data_rank_and_come_back_in_order(stack) -> None:
+    group, _ = stack
+    from tests.megatron.common import random_rows
+
+    assert group.data_ranks == [0, 0]
+    batches = [random_rows(seed=seed) for seed in (0, 1)]
+    refs = group.async_run_method_batch("token_statistics", rows=batches, temperatures=[[0.8], [0.8]])
+    both = group.gather(refs)
+    assert [b["logp"].shape for b in both] == [rows.action_mask.shape for rows in batches]
+    again = group.gather(
+        group.async_run_method_batch("token_statistics", rows=batches[::-1], temperatures=[[0.8], [0.8]])
+    )
+    assert torch.equal(both[0]["logp"], again[1]["logp"]) and torch.equal(both[1]["entropy"], again[0]["entropy"])

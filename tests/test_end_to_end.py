@@ -1,0 +1,151 @@
+"""The whole path with a tiny model: two steps at tp = 2 with a real vLLM engine, sync, export, reload; a repeat; a signal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import make_tiny_model
+
+MARK = "DCPO_TEST_MARK"
+ROOT = Path(__file__).parent.parent
+METRICS = """train/step rollout/reward_mean rollout/truncated_fraction entropy/exact entropy/sampled entropy/target dcpo/temperature
+    dcpo/alpha dcpo/target_ratio_mean policy/loss policy/grad_norm policy/clip_fraction_high policy/clip_fraction_low policy/approx_kl
+    mismatch/prob_diff_mean mismatch/kl time/rollout time/token_stats time/train time/weight_sync time/step weights/version""".split()
+
+
+class Run:
+    """A `train_dcpo` process whose descendants can be found by a mark in their environment."""
+
+    def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
+        self.folder, self.mark = folder, uuid.uuid4().hex
+        recipe = folder.with_suffix(".yaml")
+        recipe.write_text(
+            f"""
+            run: {{dir: {folder}, device: cpu, logical_devices: 3}}
+            model: {{path: {model}, dtype: fp32}}
+            task: {{kind: arithmetic, template: plain}}
+            reward: {{extractor: last_integer}}
+            method: {{target_entropy: 3.0, alpha_max: 1.0}}
+            optimizer: {{learning_rate: 1.0e-3}}
+            train: {{steps: 2, prompts_per_step: 4, prompts_per_update: 2, group_size: 4, micro_batch_size: 3}}
+            parallel: {{devices_per_node: 2, tensor: 2}}
+            rollout: {{engines: 1, max_prompt_tokens: 200, max_new_tokens: 16, cpu_kv_cache_gb: 0.1}}
+            evaluation: {{problems: 4}}
+            """
+        )
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")} | {MARK: self.mark}
+        self.log = folder.with_suffix(".log")
+        command = [sys.executable, "-m", "dcpo_openrlhf.train_dcpo", "--recipe", str(recipe), *overrides]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+        )
+
+    def wait(self, seconds: float) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while text not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < ends, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def samples(self, step: int) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / f"samples/step_{step:06d}.jsonl").read_text().splitlines()]
+
+    def alive(self) -> list[str]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline())[:200])
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
+    run = Run(tmp_path_factory.mktemp("runs") / "first", model)
+    assert run.wait(600) == 0, run.log.read_text()[-5000:]
+    return run
+
+
+def test_run_folder_holds_metrics_samples_and_report(finished: Run) -> None:
+    metrics = finished.metrics()
+    assert [m["step"] for m in metrics] == [1, 2]
+    for m in metrics:
+        assert set(METRICS) <= set(m)
+        assert m["entropy/target"] == 3.0
+        assert m["mismatch/prob_diff_mean"] < 1e-4  # fp32 on both sides: the engine has the trainer's weights
+        assert m["policy/grad_norm"] > 0
+    assert [m["weights/version"] for m in metrics] == [2, 3]  # version 1 is the sync before the first rollout
+    report = (finished.folder / "report.md").read_text()
+    assert "held-out accuracy" in report and "minutes" in report
+    assert (finished.folder / "recipe.yaml").is_file() and list((finished.folder / "tensorboard").iterdir())
+    assert len(finished.samples(2)) == 8
+
+
+def test_nothing_is_left_after_the_end(finished: Run) -> None:
+    assert finished.alive() == []
+
+
+def test_exported_folder_loads_in_transformers_with_trained_weights(finished: Run, model: Path) -> None:
+    before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(finished.folder / "hf", dtype=torch.float32).state_dict()
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) == len(before)
+    assert max(float((before[n] - after[n]).abs().max()) for n in moved) < 0.1  # four updates of at most 1e-3 each, and a margin
+
+
+def test_exported_folder_loads_in_vllm(finished: Run) -> None:
+    code = f"""
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM({str(finished.folder / "hf")!r}, enforce_eager=True, dtype="float32", max_model_len=128, kv_cache_memory_bytes=2**27)
+    print("TOKENS", list(llm.generate("1 + 1", SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].token_ids))
+"""
+    script = finished.folder / "load.py"
+    script.write_text(code)
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=finished.folder)
+    assert "TOKENS" in out.stdout, out.stderr[-3000:]
+
+
+def test_same_seed_repeats_prompts_and_first_metrics_and_a_signal_ends_all(finished: Run, model: Path) -> None:
+    again = Run(finished.folder.with_name("again"), model, "train.steps=50")
+    again.wait_for("step 1/50", 400)
+    asked = time.monotonic()
+    again.process.send_signal(signal.SIGTERM)
+    assert again.wait(30) == 128 + signal.SIGTERM, again.log.read_text()[-3000:]
+    while again.alive() and time.monotonic() - asked < 30:
+        time.sleep(0.5)
+    assert again.alive() == []
+    assert "ended by SIGTERM" in again.log.read_text()
+
+    first, repeat = finished.metrics()[0], again.metrics()[0]
+    assert [r["id"] for r in again.samples(1)] == [r["id"] for r in finished.samples(1)]
+    for name in ("entropy/target", "policy/learning_rate"):
+        assert repeat[name] == first[name]
+    if [r["response"] for r in again.samples(1)] == [r["response"] for r in finished.samples(1)]:
+        assert repeat["entropy/exact"] == pytest.approx(first["entropy/exact"], abs=1e-5)
