@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dcpo_openrlhf import preflight, tasks
@@ -48,8 +48,9 @@ def run(recipe: Recipe) -> None:
     prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     (recipe.run.dir / "recipe.yaml").write_text(resolved_yaml(recipe))
-    with _signals_raise(), contextlib.ExitStack() as stack:
+    with _signals_raise() as install, contextlib.ExitStack() as stack:
         _join_ray(recipe, stack)
+        install()  # ray.init put a handler of its own in place, which aborts
         # these import ray, vllm and megatron: seconds that bad input should not cost
         from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
         from dcpo_openrlhf.rewards import GraderPool
@@ -193,7 +194,7 @@ def _kill(group: Any) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
+def _signals_raise() -> Iterator[Callable[[], None]]:
     """SIGINT and SIGTERM raise Interrupted once, so that every started process is ended in order; a second one is ignored."""
 
     def handle(number: int, _: Any) -> None:
@@ -201,9 +202,14 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(name, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = {name: signal.signal(name, handle) for name in (signal.SIGINT, signal.SIGTERM)}
+    def install() -> None:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, handle)
+
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    install()
     try:
-        yield
+        yield install
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
