@@ -150,8 +150,6 @@ class Parallel(Section):
     sequence_parallel: bool = False
     """Split activations along the sequence over the tensor ranks between the matrix multiplies."""
 
-    port: Port | None = None
-    """Where the training ranks meet, on the first node; None: a free port."""
 
     @property
     def world_size(self) -> int:
@@ -298,10 +296,6 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
         (
             not p.sequence_parallel or p.tensor > 1,
             f"parallel.sequence_parallel needs parallel.tensor > 1, got {p.tensor}; turn it off or raise tensor",
-        ),
-        (
-            p.port is None or p.port != r.weight_sync.port,
-            f"parallel.port and weight_sync.port are both {p.port}; give them different ports",
         ),
         (
             r.task.kind != "jsonl" or r.task.train is not None,

@@ -124,14 +124,17 @@ def _data_files(recipe: Recipe) -> Iterator[str]:
 
 
 def _ports(recipe: Recipe) -> Iterator[str]:
-    for key, port in (("parallel.port", recipe.parallel.port), ("weight_sync.port", recipe.weight_sync.port)):
-        if port is None:
-            continue
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                yield f"{key} = {port} cannot be bound on this host ({error.strerror}); name another port, or null for a free one"
+    port = recipe.weight_sync.port
+    if port is None:
+        return
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            yield (
+                f"weight_sync.port = {port} cannot be bound on this host ({error.strerror}); "
+                "name another port, or null for a free one"
+            )
 
 
 def _devices(recipe: Recipe) -> Iterator[str]:
