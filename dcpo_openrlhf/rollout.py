@@ -1,6 +1,6 @@
-"""Rollouts: OpenRLHF's vLLM actor with native weight transfer, a weight version and health, and the generator that feeds it.
+"""Rollouts: OpenRLHF's vLLM actor with native weight transfer, weight version and health; the generator that feeds it.
 
-A group is one vLLM request with n samples, so the prompt is tokenised and prefilled once. Rewards come later, elsewhere.
+A group is one vLLM request with n samples, so its prompt is tokenised and prefilled once. Rewards come later.
 """
 
 import asyncio
@@ -9,11 +9,12 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 
@@ -30,7 +31,7 @@ from vllm.inputs import TokensPrompt  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.utils import random_uuid  # noqa: E402
 
-from dcpo_openrlhf.weight_sync import register  # noqa: E402
+from dcpo_openrlhf.weight_sync import ACTOR_PID, register  # noqa: E402
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -52,7 +53,7 @@ POLL_S = 2.0
 CHILD_EXIT_S = 10.0
 
 
-class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):
+class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # type: ignore[attr-defined]
     """OpenRLHF's vLLM actor plus weight transfer. `RolloutEngine` below is the Ray class of it."""
 
     async def __init__(
@@ -64,6 +65,7 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _thread_binding(
                 cpu_threads, kwargs.get("tensor_parallel_size", 1)
             )
+        os.environ[ACTOR_PID] = str(os.getpid())
         register()
         self._update_open = False
         self._version = 0
@@ -127,30 +129,27 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):
     ) -> list[dict[str, Any]]:
         """`num_samples` responses to one prompt, from one request; each is what OpenRLHF turns into an Experience.
 
-        rollout_log_probs are log-probs of the distribution that was sampled from, 0 over the prompt. Raises ValueError for a
-        prompt that leaves no room for the response, RuntimeError while the weights are incomplete.
+        rollout_log_probs are log-probs of the distribution that was sampled from, 0 over the prompt. Raises ValueError
+        for a prompt that leaves no room for the response, RuntimeError while the weights are incomplete.
         """
         if images:
             raise ValueError("images were given; rollouts here are text alone")
         if self._update_open:
             raise RuntimeError("the engine holds an unfinished weight update and must not generate; sync weights first")
-        if prompt_token_ids is None:
-            prompt_token_ids = hf_tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
-        require_room(prompt_token_ids, sampling_params.max_tokens, max_length, prompt)
+        ids = prompt_token_ids or list(hf_tokenizer(text=prompt, add_special_tokens=False)["input_ids"])
+        require_room(ids, sampling_params.max_tokens, max_length, prompt)
         params = sampling_params.clone()
         params.n = num_samples
         params.output_kind = RequestOutputKind.FINAL_ONLY
         version = self._version
         final = None
-        async for output in self.llm.generate(
-            TokensPrompt(prompt_token_ids=prompt_token_ids), params, request_id=random_uuid()
-        ):
+        async for output in self.llm.generate(TokensPrompt(prompt_token_ids=ids), params, request_id=random_uuid()):
             final = output
         if final is None or len(final.outputs) != num_samples:
             got = 0 if final is None else len(final.outputs)
             raise RuntimeError(f"the engine returned {got} of {num_samples} samples for a prompt; see its log")
         return [
-            _response(prompt, label, prompt_token_ids, sample, version)
+            _response(prompt, label, ids, sample, version)
             for sample in sorted(final.outputs, key=lambda output: output.index)
         ]
 
@@ -185,7 +184,7 @@ def require_room(token_ids: Sequence[int], max_tokens: int | None, max_length: i
     new_tokens = 1 if max_tokens is None else max_tokens
     if len(token_ids) + new_tokens > max_length:
         raise ValueError(
-            f"prompt tokens + new tokens = {len(token_ids)} + {new_tokens} must not exceed the context of {max_length}; "
+            f"prompt tokens + new tokens = {len(token_ids)} + {new_tokens} must not exceed the context, {max_length}; "
             f"drop the prompt, allow fewer new tokens or raise the context. It begins: {prompt[:80]!r}"
         )
 
@@ -249,9 +248,9 @@ def create_rollout_engines(
 ) -> list["ActorHandle"]:
     """`count` engines that start in the background; `wait_until_ready` tells when they serve.
 
-    One Ray GPU (on CPU a logical one) for each of an engine's `tensor_parallel` workers, in a placement group of their own
-    unless one is given; then `bundle_indices[i]` are engine i's bundles and the engine takes a share of a device, as OpenRLHF's
-    colocated engines do. Raises RuntimeError when the cluster cannot hold the placement group within `timeout_s`.
+    One Ray GPU (on CPU a logical one) for each of an engine's `tensor_parallel` workers, in a placement group of their
+    own unless one is given; then `bundle_indices[i]` are engine i's bundles and the engine takes a share of a device,
+    as OpenRLHF's colocated engines do. Raises RuntimeError when the cluster does not grant the group in `timeout_s`.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f'device must be "cpu" or "cuda", not {device!r}')
@@ -327,14 +326,14 @@ def _device_kwargs(
 
 
 def _own_placement_group(count: int, tensor_parallel: int, timeout_s: float) -> "PlacementGroup":
-    bundles = [{"GPU": 1, "CPU": 1} for _ in range(count * tensor_parallel)]
+    bundles = [{"GPU": 1.0, "CPU": 1.0} for _ in range(count * tensor_parallel)]
     group = make_placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
+    except GetTimeoutError as error:
         total = ray.cluster_resources()
         raise RuntimeError(
-            f"rollout engines need {len(bundles)} GPUs and CPUs of Ray ({count} engines x tensor_parallel {tensor_parallel}); "
+            f"rollout engines * tensor_parallel = {count} * {tensor_parallel} must fit Ray's free GPUs and CPUs; "
             f"the cluster has {total.get('GPU', 0):g} GPUs and {total.get('CPU', 0):g} CPUs, some of them in use; "
             "lower rollout.engines or add nodes"
         ) from error
@@ -363,7 +362,7 @@ def shutdown_engines(engines: Sequence["ActorHandle"], timeout_s: float = 30.0) 
 def _gather(
     calls: Sequence["ray.ObjectRef"], engine_of: Sequence[int], *, timeout_s: float, doing: str, remedy: str
 ) -> list[Any]:
-    """Results in the order of `calls`; RuntimeError naming the engine at the first failure or when `timeout_s` is over."""
+    """Results in the order of `calls`; RuntimeError naming the engine when one dies or `timeout_s` is over."""
     position = {call: index for index, call in enumerate(calls)}
     results: list[Any] = [None] * len(calls)
     pending, ends = list(calls), time.monotonic() + timeout_s
@@ -374,7 +373,7 @@ def _gather(
         for call in done:
             try:
                 results[position[call]] = ray.get(call)
-            except ray.exceptions.RayActorError as error:
+            except RayActorError as error:
                 raise RuntimeError(
                     f"rollout engine {engine_of[position[call]]} died while {doing}; {remedy}: {error}"
                 ) from error
@@ -420,9 +419,11 @@ class DCPOSamplesGenerator(SamplesGenerator):
     ) -> list[Experience]:
         """One Experience [1, T] a response: prompts in the order given, the `n_samples` of a prompt consecutive.
 
-        max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples. Raises ValueError for
-        a prompt without room, RuntimeError naming the engine that died or did not answer in time.
+        max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples. Raises
+        ValueError for a prompt without room, RuntimeError naming the engine that died or did not answer in time.
         """
+        if temperature == 0 and n_samples > 1:
+            raise ValueError(f"temperature 0 gives {n_samples} equal samples; ask for 1 or raise the temperature")
         token_ids = self.tokenizer(text=list(prompts), add_special_tokens=False)["input_ids"]
         for prompt, ids in zip(prompts, token_ids, strict=True):
             require_room(ids, max_new_tokens, max_len, prompt)

@@ -1,7 +1,7 @@
 """Weights from the trainer to the vLLM engines, through vLLM's own weight-transfer API.
 
-A sync: the source yields (HF name, tensor) on every trainer rank, rank 0 packs them into buckets, each engine worker loads a
-bucket as it arrives. `nccl` and `ipc` are vLLM's backends; `gloo` and `shared_memory` are registered here for CPU machines.
+A sync: the source yields (HF name, tensor) on every trainer rank, rank 0 packs them into buckets, every engine worker
+loads a bucket as it arrives. `nccl` and `ipc` are vLLM's backends; `gloo` and `shared_memory`, for CPU, are ours.
 Importing this package is cheap: vLLM imports it in every process it starts.
 """
 
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dcpo_openrlhf.weight_sync.connection import WeightSync, WeightSyncError, connect
 
+__all__ = ["ACTOR_PID", "TRANSPORTS", "WeightSync", "WeightSyncError", "connect", "register"]
 TRANSPORTS = ("shared_memory", "gloo", "nccl", "ipc")
+# Environment variable with the rollout actor's process id: it sets it, vLLM's processes inherit it and end with it.
+ACTOR_PID = "DCPO_ROLLOUT_ACTOR_PID"
 # name -> module and class prefix of the backends made here
 _BACKENDS = {"shared_memory": "SharedMemory", "gloo": "Gloo"}
 
 
 def register() -> None:
-    """Make the backends known to vLLM in this process. Idempotent: it is an entry point and vLLM may call it several times."""
+    """Make our backends known to vLLM in this process. Idempotent: as an entry point vLLM may call it several times."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     for name, prefix in _BACKENDS.items():

@@ -1,5 +1,6 @@
-"""What the CPU transports share: the worker loads buckets into the live model, the trainer cuts its weights into buckets."""
+"""What the CPU transports share: the trainer packs its weights into buckets, the worker loads them into the model."""
 
+import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from vllm.distributed.weight_transfer.base import TrainerInitInfo as VLLMTrainerInitInfo
 from vllm.distributed.weight_transfer.base import (
     TrainerWeightTransferEngine,
     WeightSource,
@@ -16,11 +18,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.base import TrainerInitInfo as VLLMTrainerInitInfo
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 
 from dcpo_openrlhf.weight_sync.buckets import MIB, Bucket, checksums, pack, plan_buckets, unpack, verify
 
@@ -73,8 +73,7 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         model: torch.nn.Module,
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.expected = {name for name, _ in model.named_parameters()}
-        self.loaded: set[str] = set()
+        self.uses = count_uses(model)
         self.received_checksums: dict[str, int] = {}
 
     @abstractmethod
@@ -82,8 +81,10 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         """The bucket's bytes in a buffer that nothing writes to again: layer-wise reload keeps views of it."""
 
     def start_weight_update(self) -> None:
-        self.loaded, self.received_checksums = set(), {}
+        self.received_checksums = {}
         initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            repack_experts_on_load(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The inherited method synchronises an accelerator, which raises where there is none.
@@ -99,49 +100,74 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
             verify(bucket, sent=update_info.checksums, received=received)
             self.received_checksums.update(zip(bucket.names, received, strict=True))
         with disable_mtp_completeness_check():
-            # Every vLLM model returns the names it loaded; the annotation of torch.nn.Module does not say so.
-            self.loaded |= self.model.load_weights(unpack(bucket, buffer))  # type: ignore[operator]
+            self.model.load_weights(unpack(bucket, buffer))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
-        require_complete(self.model, expected=self.expected, loaded=self.loaded)
-        finalize_layerwise_reload(self.model, self.model_config)
+        require_complete(self.model, self.uses)
+        # It warns of "Failed to load weights" for layers that have none of their own: rotary tables, a tied lm_head.
+        logger = logging.getLogger(layerwise.__name__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            finalize_layerwise_reload(self.model, self.model_config)
+        finally:
+            logger.setLevel(level)
         repack_shared_weights(self.model)
 
 
-def require_complete(model: torch.nn.Module, *, expected: set[str], loaded: set[str]) -> None:
-    """Raise ValueError, naming the first ones, where a sync left a parameter of the model out or brought only a part of it.
+def count_uses(model: torch.nn.Module) -> Counter[int]:
+    """id of a parameter -> number of modules that hold it; 2 for the weight of a tied lm_head."""
+    return Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
 
-    vLLM itself keeps the old weight without a word. Call it before layer-wise reload is finalised, which forgets the counts.
+
+def require_complete(model: torch.nn.Module, uses: Counter[int]) -> None:
+    """Raise ValueError, naming the first ones, where a sync left out a layer's weights or brought a part of them.
+
+    vLLM itself keeps the old weights. To be called before layer-wise reload is finalised, which forgets its counts.
     """
-    missing = sorted(expected - loaded)
+    waiting = {}
     for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        # An embedding is padded to whole blocks of rows, which no checkpoint holds.
-        if not info.can_load() or isinstance(layer, VocabParallelEmbedding):
-            continue
-        if 0 < info.load_numel < (info.load_numel_total or 0):
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load() and info.kernel_tensors is not None and info.kernel_tensors[0]:
+            waiting[name] = (layer, info, [id(weight) for weight in info.kernel_tensors[0].values()])
+    untouched = Counter(key for _, info, keys in waiting.values() if not info.load_numel for key in keys)
+    missing = []
+    for name, (layer, info, keys) in waiting.items():
+        # A tied lm_head is loaded through the embedding that shares its weight.
+        absent = not info.load_numel and any(untouched[key] >= uses[key] for key in keys)
+        # Embeddings and experts may be padded with rows that no checkpoint holds; linear layers are not.
+        partial = info.load_numel and isinstance(layer, LinearBase)
+        if absent or partial:
             missing.append(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
     if missing:
         raise ValueError(
-            f"a weight sync must bring every weight; {len(missing)} missing or incomplete: {', '.join(missing[:5])}; "
-            "compare the source's metadata() with the checkpoint the engine was started from"
+            f"a weight sync must bring every weight; {len(missing)} layers are incomplete: {', '.join(missing[:5])}; "
+            "compare the source's metadata() with the checkpoint that the engine was started from"
         )
+
+
+def repack_experts_on_load(model: torch.nn.Module) -> None:
+    """Let every mixture-of-experts layer pack its weights again when they are loaded.
+
+    vLLM skips the packing where a kernel already exists, which on CPU leaves raw weights in the place of packed ones:
+    log-probs wrong by several nats, silently. Without CUDA graphs nothing holds on to the old kernel.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def repack_shared_weights(model: torch.nn.Module) -> None:
     """Rebuild the packed copy of every weight that several modules share, such as a tied lm_head.
 
-    On CPU vLLM packs weights into oneDNN handlers. Layer-wise reload repacks the module it loaded and not its twin, whose
-    log-probs would then come from the old weights (0.1 to 0.6 wrong), silently.
+    On CPU vLLM packs weights into oneDNN handlers. Layer-wise reload repacks the module it loaded and not its twin: the
+    logits would still come from the old weights (log-probs 0.1 to 0.6 wrong), silently.
     """
-    packed = [
-        (module, weight)
-        for module in model.modules()
-        if hasattr(module, "cpu_linear") and isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter)
-    ]
-    uses = Counter(id(weight) for _, weight in packed if weight.numel())
-    for module, weight in packed:
-        if uses[id(weight)] > 1:
+    uses = count_uses(model)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "cpu_linear") and weight is not None and weight.numel() and uses[id(weight)] > 1:
             module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr,operator]
 
 
@@ -177,7 +203,7 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
 
     @abstractmethod
     def rendezvous(self, buckets: list[Bucket]) -> None:
-        """Open the way to the engines' workers; on the sender alone. `buckets` are those of the weights as they are now."""
+        """Open the way to the engines' workers, on the sender alone; `buckets` are what a sync would send now."""
 
     @abstractmethod
     def buffer(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:

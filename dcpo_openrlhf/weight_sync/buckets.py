@@ -30,7 +30,7 @@ class ChecksumError(RuntimeError):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Which tensors lie in one buffer. Plain values only, so it can travel in an RPC; offsets follow from dtype and shape."""
+    """Which tensors lie in one buffer: plain values that an RPC can carry; offsets follow from dtype and shape."""
 
     index: int
     """0-based."""
@@ -115,7 +115,7 @@ def unpack(bucket: Bucket, buffer: UInt8[Tensor, "bytes"]) -> list[tuple[str, Te
 
 
 def checksums(bucket: Bucket, buffer: UInt8[Tensor, "bytes"]) -> list[int]:
-    """Sum of the 8-byte words of each tensor modulo 2^64: one read of memory, which finds lost, stale and torn bytes."""
+    """Sum of each tensor's 8-byte words modulo 2^64: one read of memory, which finds lost, stale and torn bytes."""
     return [int(buffer[begin:end].view(torch.int64).sum()) for begin, end, _ in bucket.slots()]
 
 

@@ -17,8 +17,10 @@ class WeightSyncError(RuntimeError):
 
 
 class RayWeightSyncClient:
-    """vLLM's weight-sync client protocol over Ray actors: every call goes to all engines, fails on the first error and at the
-    deadline, and names the engine."""
+    """vLLM's weight-sync client protocol over Ray actors.
+
+    Every call goes to all engines; it fails at the first error and at the deadline, and names the engine.
+    """
 
     def __init__(self, engines: Sequence["ActorHandle"], deadline_s: float, *, engine_world_size: int = 1) -> None:
         self.engines = list(engines)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class WeightSync:
-    """A trainer rank's end of the weight sync. Call `send_weights` on all ranks: rank 0 sends, the others help to gather."""
+    """A trainer rank's end of the sync. Call `send_weights` on all ranks: rank 0 sends, the others help to gather."""
 
     def __init__(
         self,
@@ -45,10 +45,10 @@ class WeightSync:
         self._broken: str | None = None
 
     def send_weights(self, version: int | None = None) -> float:
-        """Seconds of a sync after which every engine serves the source's weights and reports `version` (the next by default).
+        """Seconds of a sync, after which all engines serve the source's weights and report `version` (default: next).
 
-        Raises WeightSyncError when an engine fails or the deadline passes. The engines then refuse to generate until a sync
-        succeeds, and this object refuses to sync: connect again.
+        Raises WeightSyncError when an engine fails or the deadline passes. The engines then refuse to generate until a
+        sync succeeds, and this object refuses to sync: connect again.
         """
         if self._broken is not None:
             raise WeightSyncError(f"an earlier sync failed ({self._broken}); connect again before the next one")
@@ -58,11 +58,8 @@ class WeightSync:
         try:
             within(
                 self.engine.send_weights,
-                deadline_s=self.client.deadline_s + GRACE_S,
-                late=lambda: (
-                    f"{self.client} over {self.transport} did not end on trainer rank {self.rank} "
-                    f"within {self.client.deadline_s:g} s: {self.client.stage}"
-                ),
+                deadline_s=self.client.deadline_s,
+                what=lambda: f"{self.client} over {self.transport}, trainer rank {self.rank}, {self.client.stage},",
             )
         except BaseException as error:
             self._broken = str(error)
@@ -72,7 +69,7 @@ class WeightSync:
 
     @property
     def checksums(self) -> dict[str, int]:
-        """name -> checksum of what the last sync sent; empty off rank 0, with checks off, and for vLLM's own transports."""
+        """name -> checksum of what the last sync sent; empty off rank 0, with checks off, and over nccl and ipc."""
         return dict(getattr(self.engine, "sent_checksums", {}))
 
     def shutdown(self) -> None:
@@ -94,9 +91,9 @@ def connect(
 ) -> WeightSync:
     """The sync between this trainer rank and all `engines`; every rank calls it, with the same arguments but `rank`.
 
-    engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of shared_memory
-    and gloo. host: address of trainer rank 0 that the engines can reach (default: what Ray uses). nccl and ipc are vLLM's
-    own backends and need CUDA. Raises WeightSyncError when the handshake fails or takes longer than the deadline.
+    engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of
+    shared_memory and gloo. host: address of trainer rank 0 that the engines can reach (default: what Ray uses). nccl
+    and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or outlasts the deadline.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"weight_sync.transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
@@ -118,11 +115,8 @@ def connect(
 
     engine = within(
         handshake,
-        deadline_s=deadline_s + GRACE_S,
-        late=lambda: (
-            f"the handshake over {transport} did not end on trainer rank {rank} within {deadline_s:g} s: "
-            "is every engine up, and can it reach this host?"
-        ),
+        deadline_s=deadline_s,
+        what=lambda: f"the weight-sync handshake over {transport}, trainer rank {rank},",
     )
     return WeightSync(engine=engine, client=client, transport=transport, rank=rank, version=version)
 
@@ -148,8 +142,9 @@ def _init_info(
     return IPCTrainerInitInfo(rank=rank, packed=True)
 
 
-def within(work: Callable[[], T], *, deadline_s: float, late: Callable[[], str]) -> T:
-    """work(), run on a thread of its own without gradients; WeightSyncError(late()) when it has not ended at the deadline.
+def within(work: Callable[[], T], *, deadline_s: float, what: Callable[[], str]) -> T:
+    """work(), run on a thread of its own without gradients. Raises WeightSyncError, beginning with what(), if it fails or
+    outlasts the deadline.
 
     A collective that never returns blocks that thread and not the caller. Thread-local state of the caller, such as a
     TorchFunctionMode, is not set in `work`.
@@ -168,11 +163,15 @@ def within(work: Callable[[], T], *, deadline_s: float, late: Callable[[], str])
 
     threading.Thread(target=run, name="weight_sync", daemon=True).start()
     try:
-        return result.result(timeout=deadline_s)
-    except TimeoutError as error:
-        if result.done():
-            raise
-        raise WeightSyncError(late()) from error
+        return result.result(timeout=deadline_s + GRACE_S)
+    except WeightSyncError:
+        raise
+    except Exception as error:
+        if isinstance(error, TimeoutError) and not result.done():
+            raise WeightSyncError(
+                f"{what()} did not end within {deadline_s:g} s; are all ranks and engines up?"
+            ) from error
+        raise WeightSyncError(f"{what()} failed: {error}") from error
 
 
 def _free_port() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
 
 from dcpo_openrlhf.weight_sync.base import BucketTrainerEngine, BucketTrainerInitInfo, BucketWorkerEngine
@@ -102,4 +102,4 @@ def _group(store: TCPStore, *, rank: int, world_size: int, timeout: timedelta) -
 def _broadcast(group: ProcessGroupGloo, buffer: Tensor) -> torch.distributed.Work:
     options = BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    return group.broadcast([buffer], options)
+    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
