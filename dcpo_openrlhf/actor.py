@@ -1,4 +1,4 @@
-"""The policy as Ray actors: OpenRLHF's BaseModelActor around megatron/, and the group that deals rows to data-parallel ranks."""
+"""The policy as Ray actors: OpenRLHF's BaseModelActor around megatron/, and the group that deals rows to data ranks."""
 
 import os
 from collections.abc import Sequence
@@ -132,7 +132,7 @@ MegatronActor = ray.remote(num_gpus=1)(MegatronActorBase)
 
 
 class MegatronActorGroup(RayActorGroup):
-    """OpenRLHF's actor group that deals rows by data-parallel rank: an actor's position in the list says nothing about it."""
+    """OpenRLHF's actor group; it deals rows by data-parallel rank, of which a place in the list says nothing."""
 
     data_ranks: list[int]
     """Data-parallel rank of each actor; set by `init`."""
@@ -143,7 +143,7 @@ class MegatronActorGroup(RayActorGroup):
         self.data_ranks = ray.get(refs, timeout=timeout)
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[ray.ObjectRef]:
-        """Each item of each list is one mini-batch of rows, cut evenly over the data ranks; one ref an actor, in actor order."""
+        """Each item of each list is one mini-batch of rows, cut evenly over the data ranks; one ref an actor."""
         parts = max(self.data_ranks) + 1
         refs = []
         cut = {r: ray.put({k: [_part(item, r, parts) for item in v] for k, v in kwargs.items()}) for r in range(parts)}
@@ -153,7 +153,7 @@ class MegatronActorGroup(RayActorGroup):
         return refs
 
     def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
-        """Results of `async_run_method_batch` put together again: one dict of [batch, ...] tensors for each mini-batch."""
+        """Results of `async_run_method_batch` put together again: one dict of [batch, ...] tensors a mini-batch."""
         by_rank: dict[int, list[dict[str, torch.Tensor]]] = {}
         for data_rank, results in zip(self.data_ranks, ray.get(refs), strict=True):
             if results[0] is not None:

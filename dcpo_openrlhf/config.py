@@ -150,7 +150,6 @@ class Parallel(Section):
     sequence_parallel: bool = False
     """Split activations along the sequence over the tensor ranks between the matrix multiplies."""
 
-
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices_per_node
@@ -277,21 +276,23 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
     return [
         (
             t.group_size >= 2,
-            f"train.group_size = {t.group_size} must be at least 2: the advantage of a group of one is undefined; raise it (8 in the paper)",
+            f"train.group_size = {t.group_size} must be at least 2: the advantage of a group of one is undefined; "
+            "raise it (8 in the paper)",
         ),
         (
             t.prompts_per_step % t.prompts_per_update == 0,
-            f"train.prompts_per_step = {t.prompts_per_step} must be a multiple of train.prompts_per_update = {t.prompts_per_update}; change one of them",
+            f"train.prompts_per_step = {t.prompts_per_step} must be a multiple of "
+            f"train.prompts_per_update = {t.prompts_per_update}; change one of them",
         ),
         (
             p.world_size % split == 0,
-            f"parallel.tensor * pipeline * context = {p.tensor} * {p.pipeline} * {p.context} = {split} must divide nodes * devices_per_node = "
-            f"{p.nodes} * {p.devices_per_node} = {p.world_size}; lower one of them",
+            f"parallel.tensor * pipeline * context = {p.tensor} * {p.pipeline} * {p.context} = {split} must divide "
+            f"nodes * devices_per_node = {p.nodes} * {p.devices_per_node} = {p.world_size}; lower one of them",
         ),
         (
             rows % data == 0,
-            f"train.prompts_per_update * group_size = {t.prompts_per_update} * {t.group_size} = {rows} rows must divide evenly over "
-            f"{data} data-parallel ranks; change prompts_per_update or the mesh",
+            f"train.prompts_per_update * group_size = {t.prompts_per_update} * {t.group_size} = {rows} rows "
+            f"must divide evenly over {data} data-parallel ranks; change prompts_per_update or the mesh",
         ),
         (
             not p.sequence_parallel or p.tensor > 1,
@@ -311,7 +312,8 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
-            f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; use linear or cosine",
+            f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; "
+            "use linear or cosine, or leave it at 0",
         ),
     ]
 
@@ -319,7 +321,8 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The validated recipe in `path` with `overrides` ("section.key=value", typed by the schema) applied.
 
-    Raises RecipeError naming every violation: unknown keys with their path and the nearest known name, wrong types, broken rules.
+    Raises RecipeError naming every violation: unknown keys with their path and the nearest known name, wrong types,
+    broken rules.
     """
     path = Path(path)
     if not path.is_file():

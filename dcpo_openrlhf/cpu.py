@@ -1,4 +1,7 @@
-"""What lets CUDA-only library code run on a CPU machine: device names mapped to cpu, CUDA calls without effect. CPU runs alone import it."""
+"""What lets CUDA-only library code run on a CPU machine: device names mapped to cpu, CUDA calls without effect.
+
+CPU runs alone import it.
+"""
 
 import contextlib
 from typing import Any
@@ -17,7 +20,8 @@ _CUDA_TYPE = {
 class _CudaNamesMeanCpu(TorchFunctionMode):
     """Maps device="cuda" (or an index) to cpu, makes Tensor.cuda() a no-op, and reports CUDA tensor types.
 
-    megatron-core 0.16.1 writes device='cuda' in its schedules and compares Tensor.type() with torch.cuda.*Tensor in its optimizer.
+    megatron-core 0.16.1 writes device='cuda' in its schedules and compares Tensor.type() with torch.cuda.*Tensor in
+    its optimizer.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

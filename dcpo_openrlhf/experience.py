@@ -1,4 +1,4 @@
-"""From responses to advantages: one forward of pi_old, the controller's T and alpha, the target ratio, the mixed advantage."""
+"""From responses to advantages: one forward of pi_old, the controller's T and alpha, target ratio, mixed advantage."""
 
 import time
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
 
 @dataclass
 class DCPOExperience(Experience):
-    """The rows of one update with what pi_old says of their tokens. Fields of OpenRLHF's Experience keep their meaning."""
+    """The rows of one update and what pi_old says of their tokens; inherited fields keep their meaning."""
 
     entropy: Float[Tensor, "batch time-1"] | None = None
     """H_t [nats/token], exact, of pi_old at T = 1."""
@@ -44,7 +44,7 @@ class DCPOExperience(Experience):
 
 
 class DCPOExperienceMaker(RemoteExperienceMaker):
-    """OpenRLHF's experience maker with token statistics in place of its forward passes, and DCPO's advantage in place of its own."""
+    """OpenRLHF's experience maker, with token statistics for its forward passes and DCPO's advantage for its own."""
 
     def __init__(self, *args: Any, controller: EntropyController, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -88,7 +88,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:
-        """T and alpha from this batch's entropy and success rate, then each update's advantages (objectives.METHODS)."""
+        """T and alpha from this batch's entropy and success rate, then each update's advantages."""
         exact, sampled = batch_entropies(experiences)
         success_rate = float(torch.cat([e.rewards for e in experiences]).mean())
         self.decision = self.controller.step(exact, sampled, success_rate)
@@ -130,8 +130,8 @@ def batch_entropies(experiences: list[DCPOExperience]) -> tuple[float, float]:
 def _require_whole_groups(samples: list[Experience], size: int) -> None:
     if not samples or len(samples) % size:
         raise ValueError(
-            f"a step needs whole updates of {size} responses (prompts_per_update * group_size), got {len(samples)} responses; "
-            "some were lost between engine and trainer"
+            f"a step needs whole updates of {size} responses (prompts_per_update * group_size), "
+            f"got {len(samples)} responses; some were lost between engine and trainer"
         )
 
 

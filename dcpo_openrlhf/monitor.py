@@ -16,7 +16,7 @@ def rollout_metrics(experiences: list[DCPOExperience]) -> dict[str, float]:
     reward = torch.cat([e.rewards for e in experiences]).float()
     length = torch.cat([e.response_length for e in experiences]).float()
     truncated = torch.cat([e.truncated for e in experiences]).float()
-    ratio = torch.cat([e.target_ratio[e.mask] for e in experiences])
+    ratio = torch.cat([e.target_ratio[e.mask] for e in experiences if e.target_ratio is not None])
     trainer = torch.cat([e.action_log_probs[e.mask] for e in experiences])
     engine = torch.cat([e.rollout_log_probs[e.mask] for e in experiences])
     return {
@@ -62,7 +62,8 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
     """One line a person reads while it runs: reward, entropy against target, T, alpha, lengths, estimated end."""
     ends = time.strftime("%H:%M", time.localtime(time.time() + (steps - step) * m["time/step"]))
     return (
-        f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:g})  "
+        f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  "
+        f"entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:g})  "
         f"T {m['dcpo/temperature']:g}  alpha {m['dcpo/alpha']:.3f}  length {m['rollout/length_mean']:.0f}  "
         f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s  ends about {ends}"
     )

@@ -1,4 +1,4 @@
-"""Where the Recipe meets OpenRLHF: its Namespace of arguments, built in one place, and the strategy object its classes ask for."""
+"""Where the Recipe meets OpenRLHF: its Namespace of arguments and the strategy object that its classes ask for."""
 
 import importlib.machinery
 import importlib.util
@@ -125,7 +125,7 @@ def _namespace(tree: dict[str, Any]) -> Namespace:
 
 
 class RecipeStrategy:
-    """What OpenRLHF calls a strategy: the arguments and who prints. Megatron's mesh does the rest of DeepspeedStrategy's work."""
+    """What OpenRLHF calls a strategy: the arguments, and who prints. The mesh does the rest of its work."""
 
     ring_attn_group = None
 

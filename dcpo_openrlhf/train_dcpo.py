@@ -1,4 +1,7 @@
-"""Entry: recipe -> preflight -> Ray -> trainer. `python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-run]`."""
+"""Entry: recipe -> preflight -> Ray -> trainer.
+
+python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-run]
+"""
 
 import argparse
 import contextlib
@@ -22,7 +25,7 @@ class Interrupted(BaseException):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 when the recipe ran to its end, 2 for a recipe or data that cannot run, 128 + signal after a signal."""
+    """Exit status: 0 when the recipe ran to its end, 2 when recipe or data cannot run, 128 + signal after a signal."""
     arguments = _parser().parse_args(argv)
     _log_to_stdout()
     try:
@@ -68,7 +71,7 @@ def run(recipe: Recipe) -> None:
 
 
 def _log_to_stdout() -> None:
-    """One line a step from this package; from the libraries, warnings that are not about packages this run does not need."""
+    """One line a step from this package; from the libraries, warnings that a user can act on."""
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout, force=True
     )
@@ -97,8 +100,8 @@ def _tokenizer(recipe: Recipe) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise RecipeError(
-            f"the tokenizer of {recipe.model.path} has eos_token_id = {tokenizer.eos_token_id} and pad_token_id = {tokenizer.pad_token_id}; "
-            "both must be set in its tokenizer_config.json, or responses never end"
+            f"the tokenizer of {recipe.model.path} has eos_token_id = {tokenizer.eos_token_id} and "
+            f"pad_token_id = {tokenizer.pad_token_id}; set both in its tokenizer_config.json, or responses never end"
         )
     return tokenizer
 
@@ -195,7 +198,7 @@ def _kill(group: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM raise Interrupted once, so that every started process is ended in order; a second one is ignored."""
+    """SIGINT and SIGTERM raise Interrupted once, so that all that was started ends in order; a second is ignored."""
 
     def handle(number: int, _: Any) -> None:
         for name in (signal.SIGINT, signal.SIGTERM):

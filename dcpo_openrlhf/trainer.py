@@ -1,4 +1,4 @@
-"""The loop: rollout, reward, one forward of pi_old, controller, update, weight sync, metrics. It reads as the algorithm does."""
+"""The loop, as the algorithm reads: rollout, reward, forward of pi_old, controller, update, weight sync, metrics."""
 
 import json
 import logging
@@ -181,12 +181,15 @@ class DCPOTrainer(BasePPOTrainer):
         def number(value: float | None) -> str:
             return "-" if value is None else f"{value:.3f}"
 
+        def row(title: str, name: str) -> str:
+            return f"| {title} | {number(first[name])} | {number(last[name])} |"
+
         lines = [
             f"| {self.recipe.method.name}, {len(history)} steps | before | after |",
             "|---|---|---|",
             f"| held-out accuracy ({len(self.heldout)} problems) | {number(before)} | {number(after)} |",
-            f"| reward of the step's responses | {number(first['rollout/reward_mean'])} | {number(last['rollout/reward_mean'])} |",
-            f"| entropy, nats/token (target {first['entropy/target']:g}) | {number(first['entropy/exact'])} | {number(last['entropy/exact'])} |",
+            row("reward of the step's responses", "rollout/reward_mean"),
+            row(f"entropy, nats/token (target {first['entropy/target']:g})", "entropy/exact"),
             f"| minutes, evaluation and export included | | {minutes:.1f} |",
             f"| peak memory of a policy process, GiB | | {max(memory):.2f} |",
         ]
@@ -213,8 +216,9 @@ class DCPOTrainer(BasePPOTrainer):
         made_with = {int(s.info["weight_version"]) for s in samples}
         if self.recipe.monitor.on_policy_only and made_with != {self.weights_version}:
             raise RuntimeError(
-                f"step {step}: responses were made with weight versions {sorted(made_with)}, the policy is at {self.weights_version}; "
-                "they are not on-policy. Look for a failed sync, or set monitor.on_policy_only=false"
+                f"step {step}: responses were made with weight versions {sorted(made_with)}, "
+                f"the policy is at {self.weights_version}; they are not on-policy. "
+                "Look for a failed sync, or set monitor.on_policy_only=false"
             )
 
     def _keep_samples(self, step: int, prompts: Sequence[tasks.Prompt], texts: list[str], grades: list[Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Padded responses of one rank. Action t is the choice of token t + 1, so action tensors are one shorter than sequences."""
+    """Padded responses of one rank. Action t chooses token t + 1: action tensors are one shorter than sequences."""
 
     sequences: Int[Tensor, "batch time"]
     attention_mask: Bool[Tensor, "batch time"]

@@ -17,9 +17,9 @@ _INDEX = "model.safetensors.index.json"
 def write_hf_folder(
     tensors: Iterable[tuple[str, Tensor]], *, source: Path, output: Path, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """`output`: tensors in safetensors files of at most `shard_bytes`, config, tokenizer and generation config from `source`.
+    """`output`: tensors in safetensors files of at most `shard_bytes`; config, tokenizer and the like from `source`.
 
-    Written aside and renamed when whole; an existing `output` is replaced only then. One shard is held in memory at a time.
+    Written aside and renamed when whole; an existing `output` is replaced only then. One shard is in memory at a time.
     """
     aside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

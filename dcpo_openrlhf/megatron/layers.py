@@ -1,5 +1,6 @@
-"""Layers of the local specification: attention over packed sequences on torch SDPA, and an RMSNorm that allows sequence parallelism."""
+"""Layers of the local specification: attention over packed sequences, RMSNorm that allows sequence parallelism."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 
 class PackedAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d)) v, causal within each packed sequence; takes the place of megatron-core's DotProductAttention.
+    """softmax(q k^T / sqrt(d)) v, causal within each packed sequence.
 
-    The local one knows no packed sequences and holds the score matrix of the whole batch; here each segment is one SDPA call.
+    Takes the place of megatron-core's DotProductAttention, which knows no packed sequences and holds the score matrix
+    of the whole batch; here each segment is one call of torch's scaled dot-product attention.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class PackedAttention(torch.nn.Module):
         if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
             raise ValueError("PackedAttention takes packed sequences only: pass PackedSeqParams with qkv_format='thd'")
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(bounds)]
         segments = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         return torch.cat([self._segment(q, k, v) for q, k, v in segments]).flatten(1)
 
@@ -56,7 +58,7 @@ class PackedAttention(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / rms(x) * weight in fp32; its weight is marked so that Megatron reduces its gradient under sequence parallelism."""
+    """x / rms(x) * weight in fp32; marks its weight, so that Megatron sums its gradient under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -26,7 +26,7 @@ class Mesh:
 
     @property
     def is_data_leader(self) -> bool:
-        """One rank of each data-parallel replica speaks for it: the last pipeline stage's first tensor and context rank."""
+        """One rank of each data-parallel replica speaks for it: first tensor and context rank of the last stage."""
         return (
             self.tensor_rank == 0
             and self.context_rank == 0
@@ -37,15 +37,15 @@ class Mesh:
 def init_mesh(
     parallel: Parallel, *, device: str, rank: int, world_size: int, seed: int, timeout: float = 1800.0
 ) -> Mesh:
-    """Process groups of `parallel` over `world_size` ranks (nccl on cuda, gloo on cpu; MASTER_ADDR and MASTER_PORT are set).
+    """Process groups of `parallel` over `world_size` ranks (nccl on cuda, gloo on cpu).
 
-    Raises ValueError where the mesh does not fill the world.
+    MASTER_ADDR and MASTER_PORT are set by the caller. Raises ValueError where the mesh does not fill the world.
     """
     split = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % split:
         raise ValueError(
-            f"world size {world_size} != tensor {parallel.tensor} * pipeline {parallel.pipeline} * context {parallel.context} * data; "
-            "lower one of them"
+            f"world size {world_size} != tensor {parallel.tensor} * pipeline {parallel.pipeline} "
+            f"* context {parallel.context} * data; lower one of them"
         )
     backend = "nccl" if device == "cuda" else "gloo"
     if not dist.is_initialized():
@@ -55,7 +55,7 @@ def init_mesh(
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        # the gloo twins of the data-parallel groups serve nccl runs that save checkpoints; on cpu the groups are gloo already
+        # gloo twins of the data-parallel groups: nccl runs that save checkpoints need them
         create_gloo_process_groups=True,
     )
     if device == "cuda":

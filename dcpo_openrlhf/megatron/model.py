@@ -59,7 +59,8 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     """
     if hf.model_type not in ARCHITECTURES:
         raise ValueError(
-            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; add its names to megatron/names.py"
+            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; "
+            "add its names to megatron/names.py"
         )
     if getattr(hf, "use_sliding_window", False):
         raise ValueError(
@@ -103,8 +104,10 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         bf16=model.dtype == "bf16",
         autocast_dtype=dtype,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the only one that allows variable lengths; also checked for dense models
-        calculate_per_token_loss=True,  # loss_func returns a sum and a count; finalize_model_grads divides once, by the global count
+        # the only dispatcher that allows variable lengths; megatron-core checks it for dense models too
+        moe_token_dispatcher_type="alltoall",
+        # the loss function returns a sum and a count; finalize_model_grads divides once, by the global count
+        calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
@@ -159,8 +162,8 @@ def load_weights(policy: Policy, weights: "HFWeights", *, mesh: Mesh) -> None:
         shard = entry.cut.shard(tensors, mesh.tensor_rank, mesh.tensor_size, policy.shape)
         if shard.shape != parameter.shape:
             raise ValueError(
-                f"{', '.join(entry.hf_names)}: this rank's shard has shape {tuple(shard.shape)}, the model wants {tuple(parameter.shape)}; "
-                "config.json and the weights do not belong together"
+                f"{', '.join(entry.hf_names)}: this rank's shard has shape {tuple(shard.shape)}, "
+                f"the model wants {tuple(parameter.shape)}; config.json and the weights do not belong together"
             )
         parameter.copy_(shard)
 
@@ -178,7 +181,8 @@ class HFWeights:
                 self._file_of = dict.fromkeys(file.keys(), single.name)
         else:
             raise FileNotFoundError(
-                f"{path} holds neither model.safetensors nor model.safetensors.index.json; model.path must be a Hugging Face folder"
+                f"{path} holds neither model.safetensors nor model.safetensors.index.json; "
+                "model.path must be a Hugging Face folder"
             )
         self._path = path
         self._open: dict[str, Any] = {}
@@ -194,7 +198,7 @@ class HFWeights:
 
 @torch.no_grad()
 def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors of the live model, one at a time; a collective: every tensor-parallel rank iterates in step."""
+    """Full Hugging Face tensors of the live model, one at a time; every tensor-parallel rank iterates in step."""
     group = parallel_state.get_tensor_model_parallel_group()
     size = dist.get_world_size(group)
     for entry, parameter in policy.entries():

@@ -1,4 +1,7 @@
-"""The one table of weight names, Hugging Face <-> Megatron, and how a tensor is cut over tensor-parallel ranks. Import, sync and export read it."""
+"""The one table of weight names, Hugging Face <-> Megatron, and how a tensor is cut over tensor-parallel ranks.
+
+Import, sync and export read it.
+"""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""One forward for token statistics, one update for a mini-batch: packed micro-batches through megatron-core's schedules."""
+"""Token statistics and updates: packed micro-batches through megatron-core's schedules and optimizer."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +25,7 @@ from dcpo_openrlhf.megatron.token_stats import token_stats
 
 
 class PolicyStep:
-    """The model with megatron-core's DDP, distributed optimizer and learning-rate schedule, and the two passes over it."""
+    """The model with megatron-core's DDP, distributed optimizer and learning-rate schedule, and two passes over it."""
 
     def __init__(
         self, policy: Policy, mesh: Mesh, *, optimizer: Optimizer, loss: Loss, micro_batch_size: int, total_updates: int
@@ -42,9 +42,9 @@ class PolicyStep:
         policy.config.grad_scale_func = self.optimizer.scale_loss
 
     def token_statistics(self, rows: Rows, *, temperatures: list[float]) -> dict[str, Tensor]:
-        """{"logp", "entropy"} [batch, time-1] and "tempered_logp" [batch, time-1, temperatures] of the rows, fp32, 0 outside the mask.
+        """{"logp", "entropy"} [batch, time-1] and "tempered_logp" [batch, time-1, temperatures] of the rows.
 
-        One forward of the policy. Ranks that are not on the last pipeline stage get zeros.
+        fp32, 0 outside the mask, from one forward of the policy. Ranks before the last pipeline stage get zeros.
         """
         batch, time = rows.action_mask.shape
         out = {
@@ -73,7 +73,7 @@ class PolicyStep:
         return out
 
     def greedy(self, prompts: list[list[int]], *, max_new_tokens: int, eos: int) -> list[list[int]]:
-        """The most likely continuation of each prompt, end token included: one whole forward a token, for checks alone."""
+        """The most likely continuation of each prompt, end token included; one forward a token, for checks alone."""
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             raise NotImplementedError("greedy() needs pipeline = 1; check the exported model instead")
         sequences, done = [list(p) for p in prompts], [False] * len(prompts)
@@ -94,9 +94,7 @@ class PolicyStep:
         self.model.train()
         return [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]
 
-    def _most_likely(
-        self, chosen: list[int], _: Packed, logits: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _most_likely(self, chosen: list[int], _: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         group = parallel_state.get_tensor_model_parallel_group()
         shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
         dist.all_gather(shards, logits.contiguous(), group=group)
@@ -104,10 +102,10 @@ class PolicyStep:
         return logits.new_zeros(()), torch.zeros((), dtype=torch.int), {}
 
     def update(self, rows: Rows, *, entropy_coefficient: float = 0.0) -> dict[str, float]:
-        """One optimizer step on the mini-batch of which `rows` are this rank's; returns metrics of the whole mini-batch.
+        """One optimizer step on the mini-batch that `rows` are this rank's share of; metrics of the whole mini-batch.
 
-        The gradient is that of (sum of losses over all ranks) / (rows or tokens of all ranks): the same for every mesh and
-        every split into micro-batches. Raises FloatingPointError when loss or gradient norm is not finite.
+        The gradient is that of (sum of losses over all ranks) / (rows or tokens of all ranks): the same for every mesh
+        and every split into micro-batches. Raises FloatingPointError when loss or gradient norm is not finite.
         """
         assert rows.old_logp is not None and rows.advantages
         self.model.zero_grad_buffer()

@@ -1,4 +1,4 @@
-"""The Megatron policy gives the numbers of the Hugging Face model it was made from, and its weights come back to the bit."""
+"""The Megatron policy gives the numbers of the Hugging Face model it came from; its weights come back to the bit."""
 
 from pathlib import Path
 
