@@ -6,6 +6,9 @@
 statistics: log pi, log pi^T for two T, exact entropy; no gradient (the pass over the old policy).
 training: log pi and its gradient. entropy training: log pi, entropy and their gradient.
 Only the stage behind the logits is measured; their gradient, where it gets memory of its own, counts as extra memory.
+
+On CPUs with other work to do set OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1: otherwise OpenMP's threads spin while
+they wait for one another, at every block.
 """
 
 import argparse
