@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -145,7 +144,7 @@ def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) 
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=_rope_theta(hf),
+        rotary_base=_rope_theta(hf),  # type: ignore[arg-type]  # annotated int, used as float
     ).to(mesh.device)
     policy = Policy(gpt, config, shape, hf.tie_word_embeddings, get_transformer_layer_offset(config))
     load_weights(policy, HFWeights(model.path), mesh=mesh)
@@ -166,6 +165,10 @@ def load_weights(policy: Policy, weights: "HFWeights", *, mesh: Mesh) -> None:
                 f"the model wants {tuple(parameter.shape)}; config.json and the weights do not belong together"
             )
         parameter.copy_(shard)
+        if entry.cut.dim is not None:
+            # megatron-core marks what it initialises; unmarked, the gradient norm would count this shard on rank 0 alone
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim, parameter.partition_stride = entry.cut.dim, 1  # type: ignore[attr-defined]
 
 
 class HFWeights:
@@ -199,7 +202,7 @@ class HFWeights:
 @torch.no_grad()
 def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Full Hugging Face tensors of the live model, one at a time; every tensor-parallel rank iterates in step."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    group: Any = parallel_state.get_tensor_model_parallel_group()
     size = dist.get_world_size(group)
     for entry, parameter in policy.entries():
         local = parameter.detach().contiguous()
@@ -225,7 +228,8 @@ def _rope_theta(hf: Any) -> float:
     return rope["rope_theta"]
 
 
-def _layer_spec(config: TransformerConfig, layers: str, device: str) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(config: TransformerConfig, layers: str, device: str) -> Any:
+    """Layers for GPTModel: Transformer Engine's, or megatron-core's local ones with our attention and norm."""
     if layers == "auto":
         layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
     moe = config.num_moe_experts
@@ -240,7 +244,8 @@ def _layer_spec(config: TransformerConfig, layers: str, device: str) -> ModuleSp
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    norm: Any = RMSNorm  # a class, where megatron-core's annotation says module or spec
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def _has_transformer_engine() -> bool:

@@ -36,6 +36,8 @@ class Cut:
 
     shard: Shard
     merge: Merge
+    dim: int | None = 0
+    """Dimension of the Megatron tensor that is cut; None: every tensor-parallel rank holds all of it."""
 
 
 def _shard_qkv(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tensor:
@@ -55,9 +57,9 @@ def _shard_vocabulary(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tenso
     return torch.cat([rows, padding]).chunk(size)[rank]
 
 
-REPLICATED = Cut(lambda hf, rank, size, s: hf[0], lambda shards, s: [shards[0]])
+REPLICATED = Cut(lambda hf, rank, size, s: hf[0], lambda shards, s: [shards[0]], dim=None)
 ROWS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 0)[rank], lambda shards, s: [torch.cat(shards, 0)])
-COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [torch.cat(shards, 1)])
+COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [torch.cat(shards, 1)], dim=1)
 VOCABULARY = Cut(_shard_vocabulary, lambda shards, s: [torch.cat(shards)[: s.vocab_size]])
 QKV = Cut(_shard_qkv, _merge_qkv)
 GATE_UP = Cut(  # each rank holds [its rows of gate; its rows of up]

@@ -30,7 +30,8 @@ def make_step(
     return PolicyStep(
         policy,
         mesh,
-        optimizer=Optimizer(learning_rate=learning_rate),
+        # Adam's first step is nearly the sign of the gradient: a larger eps keeps rounding of tiny gradients small
+        optimizer=Optimizer(learning_rate=learning_rate, eps=1e-3),
         loss=Loss(**loss),
         micro_batch_size=micro_batch_size,
         total_updates=10,
