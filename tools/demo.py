@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -62,12 +63,20 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nothing on this machine listens on now."""
+    """Distinct TCP ports that nothing on this machine listens on now.
+
+    Below 32768: from there on the system hands ports out to whoever asks, Ray's other servers included.
+    """
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("", 0))
-        return [s.getsockname()[1] for s in sockets]
+        for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+            listener = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # taken: try the next one
+                listener.bind(("", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise DemoError(f"no {count} free TCP ports found between 20000 and 32000; end what listens there")
 
 
 @contextlib.contextmanager
