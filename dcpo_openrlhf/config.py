@@ -22,7 +22,7 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -311,6 +311,10 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
             f"weight_sync.transport = {r.transport} needs run.device = cuda; use gloo or shared_memory on cpu",
         ),
         (
+            r.transport != "shared_memory" or p.nodes == 1,
+            f"weight_sync.transport = shared_memory needs one node, got parallel.nodes = {p.nodes}; use gloo",
+        ),
+        (
             r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
             f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; "
             "use linear or cosine, or leave it at 0",
@@ -325,14 +329,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     broken rules.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"--recipe {path}: no such file; recipes/ holds the ones that ship")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        values = yaml.load(path.read_text(), _UniqueKeys)
+    except FileNotFoundError:
+        raise RecipeError(f"--recipe {path}: no such file; recipes/ holds the ones that ship") from None
+    except OSError as error:
+        raise RecipeError(f"--recipe {path}: cannot be read ({error.strerror}); name a readable file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__} {values!r:.60}")
     for override in overrides or []:
         _apply_override(values, override)
     try:
@@ -345,6 +352,20 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that load_recipe reads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader; a key that stands twice in one mapping is an error, where YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -361,7 +382,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: no key {section}.{name}{_nearest(name, fields)}")
     if not isinstance(values.setdefault(section, {}), dict):
         raise RecipeError(f"section {section!r} must be a mapping, got {values[section]!r}")
-    values[section][name] = _typed(text, fields[name].annotation)
+    try:
+        values[section][name] = _typed(text, fields[name].annotation)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from None
 
 
 def _typed(text: str, annotation: Any) -> Any:
@@ -385,10 +409,19 @@ def _explain(error: dict[str, Any]) -> str:
             model = model.model_fields[part].annotation
         return f"unknown key {where}{_nearest(str(name), model.model_fields)}"
     if error["type"] == "missing":
-        return f"{where} is required; set it in the recipe or as {where}=VALUE"
+        section = Recipe.model_fields[error["loc"][0]].annotation
+        keys = [where] if len(error["loc"]) > 1 else [f"{where}.{k}" for k in _required(section)]
+        return f"{', '.join(keys)} is required; set it in the recipe or as {keys[0]}=VALUE"
+    if error["type"] == "model_type":
+        return f"{where} = {error['input']!r} must be a mapping of keys, for example {where}: {{key: value}}"
     if not where:  # a rule between fields speaks for itself
         return error["msg"].removeprefix("Value error, ")
-    return f"{where} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
+    reason = error["msg"].replace("Input should be", "must be").replace("Input is", "is")
+    return f"{where} = {error['input']!r} {reason}"
+
+
+def _required(section: Any) -> list[str]:
+    return [name for name, field in section.model_fields.items() if field.is_required()]
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -26,12 +26,15 @@ def write_hf_folder(
     aside.mkdir(parents=True)
     for pattern in _COPIED:
         for file in source.glob(pattern):
-            if file.name != _INDEX:
+            if not file.name.endswith(".index.json"):  # indexes name weight files that are not copied
                 shutil.copy2(file, aside / file.name)
     _write_weights(tensors, aside, shard_bytes)
+    replaced = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():
-        shutil.rmtree(output)
+        output.rename(replaced)
     aside.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
     return output
 
 
