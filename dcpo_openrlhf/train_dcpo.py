@@ -97,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
 def _tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"the tokenizer of {recipe.model.path} cannot be loaded ({reason}); complete it") from error
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise RecipeError(
             f"the tokenizer of {recipe.model.path} has eos_token_id = {tokenizer.eos_token_id} and "
@@ -117,7 +121,7 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
         train = tasks.load_jsonl(t.train)
         heldout = tasks.load_jsonl(t.heldout) if t.heldout else []
     heldout = heldout[: recipe.evaluation.problems]
-    template = tasks.TEMPLATES.get(t.template) or tasks.PromptTemplate(t.template)
+    template = tasks.prompt_template(t.template)
 
     def texts(problems: Sequence[tasks.Problem]) -> list[str]:
         return [tasks.render(p, tokenizer=tokenizer, template=template, system=t.system, chat=t.chat) for p in problems]
