@@ -25,6 +25,7 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _coll
 from openrlhf.trainer.ray.utils import get_bundle_indices  # noqa: E402
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor  # noqa: E402
 from ray.util.placement_group import placement_group as make_placement_group  # noqa: E402
+from ray.util.placement_group import remove_placement_group  # noqa: E402
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
 from vllm.inputs import TokensPrompt  # noqa: E402
@@ -57,14 +58,13 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
     """OpenRLHF's vLLM actor plus weight transfer. `RolloutEngine` below is the Ray class of it."""
 
     async def __init__(
-        self, *args: Any, env: dict[str, str] | None = None, cpu_threads: int | None = None, **kwargs: Any
+        self, *args: Any, env: dict[str, str] | None = None, cpu_share: dict[str, Any] | None = None, **kwargs: Any
     ):
-        # Ray lowers OMP_NUM_THREADS to the actor's CPU share; vLLM binds its own threads.
         os.environ.update(env or {})
-        if kwargs.get("distributed_executor_backend") == "mp":
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _thread_binding(
-                cpu_threads, kwargs.get("tensor_parallel_size", 1)
-            )
+        if cpu_share is not None:
+            # Ray sets OMP_NUM_THREADS to the actor's CPUs; with a binding vLLM sets its own.
+            binding = thread_binding(sorted(os.sched_getaffinity(0)), **cpu_share)
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding
         os.environ[ACTOR_PID] = str(os.getpid())
         register()
         self._update_open = False
@@ -214,11 +214,16 @@ def _children() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def _thread_binding(threads: int | None, workers: int) -> str:
-    """VLLM_CPU_OMP_THREADS_BIND: this process's cores, at most `threads`, dealt to the workers: "0,1|2,3"."""
-    cores = sorted(os.sched_getaffinity(0))[: threads or None]
-    share = max(len(cores) // workers, 1)
-    groups = [cores[(i * share) % len(cores) :][:share] for i in range(workers)]
+def thread_binding(cores: Sequence[int], *, threads: int | None, workers: int, engine: int, engines: int) -> str:
+    """VLLM_CPU_OMP_THREADS_BIND of one engine: its cores, dealt to its workers, as in "0,1|2,3".
+
+    Engines take turns through `cores`, `threads` each (None: an equal share), so that two of them meet on a core only
+    when there are too few.
+    """
+    threads = max(threads or len(cores) // engines, workers)
+    mine = [cores[(engine * threads + i) % len(cores)] for i in range(threads)]
+    share = threads // workers
+    groups = [sorted(set(mine[i * share : (i + 1) * share])) for i in range(workers)]
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
@@ -276,7 +281,7 @@ def create_rollout_engines(
         "disable_log_stats": True,
         "max_num_seqs": max_num_seqs,
         "env": dict(env or {}),
-        **_device_kwargs(device, tensor_parallel, gpu_memory_utilization, cpu_kv_cache_gb, cpu_threads, block_size),
+        **_device_kwargs(device, tensor_parallel, gpu_memory_utilization, cpu_kv_cache_gb, block_size),
     }
     if transport == "ipc":
         # The handles are CUDA objects, which vLLM sends to its workers as pickles.
@@ -285,6 +290,13 @@ def create_rollout_engines(
     for index in range(count):
         bundles = list(bundle_indices[index])
         share = COLOCATED_SHARE if colocated else 1.0
+        if device == "cpu":
+            kwargs["cpu_share"] = {
+                "threads": cpu_threads,
+                "workers": tensor_parallel,
+                "engine": index,
+                "engines": count,
+            }
         by_ray = kwargs["distributed_executor_backend"] == "ray"
         engines.append(
             RolloutEngine.options(  # type: ignore[attr-defined]
@@ -307,7 +319,6 @@ def _device_kwargs(
     tensor_parallel: int,
     gpu_memory_utilization: float,
     cpu_kv_cache_gb: float,
-    cpu_threads: int | None,
     block_size: int | None,
 ) -> dict[str, Any]:
     if device == "cpu":
@@ -316,7 +327,6 @@ def _device_kwargs(
             "distributed_executor_backend": "mp",
             "block_size": block_size or CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": int(cpu_kv_cache_gb * 2**30),
-            "cpu_threads": cpu_threads,
         }
     return {
         "distributed_executor_backend": "uni" if tensor_parallel == 1 else "ray",
@@ -331,6 +341,7 @@ def _own_placement_group(count: int, tensor_parallel: int, timeout_s: float) -> 
     try:
         ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError as error:
+        remove_placement_group(group)
         total = ray.cluster_resources()
         raise RuntimeError(
             f"rollout engines * tensor_parallel = {count} * {tensor_parallel} must fit Ray's free GPUs and CPUs; "

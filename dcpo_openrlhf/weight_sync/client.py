@@ -84,8 +84,9 @@ class RayWeightSyncClient:
             try:
                 ray.get(done)
             except Exception as error:
+                cause = getattr(error, "cause", None) or error  # Ray's own error repeats the remote traceback
                 raise WeightSyncError(
-                    f"{self} failed while {self.stage}: engine {calls.index(done[0])}: {error}"
+                    f"{self} failed while {self.stage}: engine {calls.index(done[0])}: {cause}"
                 ) from error
 
     def __str__(self) -> str:

@@ -93,7 +93,7 @@ def connect(
 
     engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of
     shared_memory and gloo. host: address of trainer rank 0 that the engines can reach (default: what Ray uses). nccl
-    and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or outlasts the deadline.
+    and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or takes too long.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"weight_sync.transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
@@ -143,8 +143,9 @@ def _init_info(
 
 
 def within(work: Callable[[], T], *, deadline_s: float, what: Callable[[], str]) -> T:
-    """work(), run on a thread of its own without gradients. Raises WeightSyncError, beginning with what(), if it fails or
-    outlasts the deadline.
+    """work(), run on a thread of its own without gradients.
+
+    Raises WeightSyncError, which begins with what(), when it fails or outlasts the deadline.
 
     A collective that never returns blocks that thread and not the caller. Thread-local state of the caller, such as a
     TorchFunctionMode, is not set in `work`.

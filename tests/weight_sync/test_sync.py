@@ -1,0 +1,172 @@
+"""Weights reach a real vLLM engine over gloo: a mixture of experts with an output layer of its own."""
+
+import threading
+
+import pytest
+import ray
+
+from dcpo_openrlhf import rollout
+from dcpo_openrlhf.weight_sync import WeightSyncError, connect
+from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient
+from tests.tiny import make_tiny_model
+from tests.weight_sync.engines import FolderSource, assert_all_end, assert_serves, cluster, engines, generator, prompts
+
+BUCKET_BYTES = 100_000  # about twenty buckets, some of which end inside a layer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [
+        make_tiny_model(root / str(seed), architecture="qwen3_moe", tie=False, seed=seed, layers=2) for seed in range(3)
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster():
+    with cluster():
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(ray_cluster, folders):
+    with engines(folders[0], "gloo") as made:
+        children = ray.get(made[0].health.remote())["children"]
+        assert children
+        yield made[0]
+        rollout.shutdown_engines(made)
+        assert_all_end(children)
+
+
+def sync_to(engine, source, **options):
+    settings = {"transport": "gloo", "rank": 0, "deadline_s": 60.0, "bucket_bytes": BUCKET_BYTES} | options
+    return connect(engines=[engine], source=source, **settings)
+
+
+def test_engine_follows_the_trainers_weights_and_counts_versions(engine, folders):
+    assert_serves([engine], folders[0])
+    assert ray.get(engine.weight_version.remote()) == 0
+    source = FolderSource(folders[1])
+    sync = sync_to(engine, source)
+    sync.send_weights()
+    assert_serves([engine], folders[1])
+    assert ray.get(engine.weight_version.remote()) == sync.version == 1
+    assert sync.checksums.keys() == source.tensors.keys()
+    assert ray.get(engine.weight_checksums.remote()) == [sync.checksums]
+    source.tensors = FolderSource(folders[2]).tensors
+    sync.send_weights(version=7)
+    assert_serves([engine], folders[2])
+    assert ray.get(engine.weight_version.remote()) == sync.version == 7
+    sync.shutdown()
+
+
+@pytest.mark.parametrize("left_out", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_sync_that_leaves_a_weight_out_is_refused_and_the_next_one_repairs(engine, folders, left_out):
+    source = FolderSource(folders[1])
+    whole = dict(source.tensors)
+    del source.tensors[left_out]
+    sync = sync_to(engine, source)
+    layer = left_out.removesuffix(".weight").replace("k_proj", "qkv_proj")
+    with pytest.raises(WeightSyncError, match=rf"engine 0.*must bring every weight.*{layer}"):
+        sync.send_weights()
+    with pytest.raises(WeightSyncError, match="connect again"):
+        sync.send_weights()
+    with pytest.raises(RuntimeError, match="unfinished weight update"):
+        generator([engine], folders[1]).generate(
+            prompts(folders[1])[:1], [""], step=0, n_samples=1, max_new_tokens=4, max_len=96
+        )
+    source.tensors = whole
+    sync_to(engine, source).send_weights()
+    assert_serves([engine], folders[1])
+
+
+def test_bytes_that_change_on_the_way_are_noticed(engine, folders, monkeypatch):
+    sync = sync_to(engine, FolderSource(folders[0]))
+    send = sync.engine.send_bucket
+
+    def corrupt(update_info, buffer):
+        if update_info["index"] == 2:
+            buffer[5] += 1
+        send(update_info, buffer)
+
+    monkeypatch.setattr(sync.engine, "send_bucket", corrupt)
+    with pytest.raises(WeightSyncError, match=r"engine 0.*bucket 3 of \d+.*arrived with checksum"):
+        sync.send_weights()
+
+
+def test_a_source_that_never_returns_ends_at_the_deadline(engine, folders):
+    release = threading.Event()
+
+    class Stuck(FolderSource):
+        def __iter__(self):
+            release.wait()
+            yield from super().__iter__()
+
+    sync = sync_to(engine, Stuck(folders[0]), deadline_s=5.0)
+    with pytest.raises(
+        WeightSyncError, match=r"version 1 over gloo, trainer rank 0, packing bucket 1 of .* within 5 s"
+    ):
+        sync.send_weights()
+    release.set()
+    sync_to(engine, FolderSource(folders[0])).send_weights()
+    assert_serves([engine], folders[0])
+
+
+def test_other_trainer_ranks_walk_the_source_and_send_nothing(folders):
+    class Counting(FolderSource):
+        walked = 0
+
+        def __iter__(self):
+            for pair in super().__iter__():
+                self.walked += 1
+                yield pair
+
+    source = Counting(folders[0])
+    sync = sync_to("no engine is called from this rank", source, rank=1)
+    sync.send_weights()
+    assert source.walked == len(source.tensors)
+    assert sync.version == 1
+
+
+@ray.remote(num_cpus=0)
+class Actor:
+    """Stands for an engine in the tests of the client's waiting."""
+
+    def __init__(self, behaviour="answer"):
+        self.behaviour = behaviour
+        self.calls = []
+
+    def start_weight_update(self):
+        if self.behaviour == "hang":
+            threading.Event().wait()
+        if self.behaviour == "fail":
+            raise OSError("disk full")
+
+    def init_weight_transfer_engine(self, request):
+        self.calls.append(request.init_info)
+
+    def calls_so_far(self):
+        return self.calls
+
+
+def test_client_names_the_engine_that_fails_or_hangs():
+    client = RayWeightSyncClient([Actor.remote(), Actor.remote("hang"), Actor.remote("fail")], 60.0)
+    client.begin(3)
+    with pytest.raises(WeightSyncError, match=r"version 3 failed while start_weight_update: engine 2.*disk full"):
+        client.start_weight_update()
+    client = RayWeightSyncClient([Actor.remote(), Actor.remote("hang")], 2.0)
+    client.begin(3)
+    with pytest.raises(WeightSyncError, match=r"more than 2 s while start_weight_update: engine 1 did not answer"):
+        client.start_weight_update()
+
+
+def test_client_gives_each_engine_its_own_ranks():
+    actors = [Actor.remote() for _ in range(3)]
+    client = RayWeightSyncClient(actors, 60.0, engine_world_size=2)
+    client.init_weight_transfer_engine({"rank_offset": 1})
+    assert [ray.get(actor.calls_so_far.remote()) for actor in actors] == [[{"rank_offset": n}] for n in (1, 3, 5)]
+
+
+def test_an_unknown_transport_is_refused(folders):
+    with pytest.raises(ValueError, match="must be one of shared_memory, gloo, nccl, ipc, not 'carrier pigeon'"):
+        sync_to("no engine", FolderSource(folders[0]), transport="carrier pigeon")
