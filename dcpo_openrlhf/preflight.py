@@ -29,9 +29,8 @@ _IMPLEMENTED = {
 
 def check(recipe: Recipe) -> None:
     """Raise RecipeError with one line for each violation; nothing has been started or written then."""
-    violations = [
-        text for part in (_method, _model, _mesh, _run_folder, _data_files, _ports, _devices) for text in part(recipe)
-    ]
+    parts = (_method, _model, _mesh, _run_folder, _data_files, _ports, _cluster, _devices)
+    violations = [text for part in parts for text in part(recipe)]
     if violations:
         raise RecipeError("the recipe cannot run:\n" + "\n".join(f"  {text}" for text in violations))
 
@@ -192,6 +191,20 @@ def _ports(recipe: Recipe) -> Iterator[str]:
                 f"weight_sync.port = {port} cannot be bound on this host ({error.strerror}); "
                 "name another port, or null for a free one"
             )
+
+
+def _cluster(recipe: Recipe) -> Iterator[str]:
+    address = recipe.run.ray_address or os.environ.get("RAY_ADDRESS") or ""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # a local cluster, or "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:  # ray.init would try for minutes
+        yield (
+            f"no Ray cluster answers at {address}, which run.ray_address or RAY_ADDRESS names ({error}); "
+            "start it (ray start --head), or unset both to have a local one"
+        )
 
 
 def _devices(recipe: Recipe) -> Iterator[str]:

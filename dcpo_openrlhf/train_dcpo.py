@@ -126,12 +126,11 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
     def texts(problems: Sequence[tasks.Problem]) -> list[str]:
         return [tasks.render(p, tokenizer=tokenizer, template=template, system=t.system, chat=t.chat) for p in problems]
 
-    stream = tasks.PromptStream(train, prompts=texts(train), seed=recipe.run.seed)
+    train_texts, r = texts(train), recipe.rollout
     heldout_prompts = [tasks.Prompt(p, text) for p, text in zip(heldout, texts(heldout), strict=True)]
-    everything = [tasks.Prompt(p, text) for p, text in zip(train, texts(train), strict=True)] + heldout_prompts
-    r = recipe.rollout
+    everything = [tasks.Prompt(p, text) for p, text in zip(train, train_texts, strict=True)] + heldout_prompts
     tasks.check_prompt_lengths(everything, tokenizer=tokenizer, context=r.context, max_new_tokens=r.max_new_tokens)
-    return stream, heldout_prompts
+    return tasks.PromptStream(train, prompts=train_texts, seed=recipe.run.seed), heldout_prompts
 
 
 def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
@@ -143,7 +142,9 @@ def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     if address:
         ray.init(address=address, **options)
     else:
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        # trainer and engines share the cores: threads that wait must sleep
+        for name, value in {"RAY_worker_niceness": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():
+            os.environ.setdefault(name, value)
         if recipe.run.device == "cpu":
             options |= {"num_cpus": recipe.run.logical_devices, "num_gpus": recipe.run.logical_devices}
         ray.init(include_dashboard=False, **options)
