@@ -136,6 +136,7 @@ class PolicyStep:
             tp_group=_tensor_group(),
             vocab_size=self.policy.shape.vocab_size,
             entropy_grad=entropy_coefficient > 0,
+            overwrite_logits=True,  # nothing else reads them: their gradient takes their place
         )
         device = logits.device
         terms = objectives.objective_terms(
