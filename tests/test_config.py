@@ -1,0 +1,245 @@
+"""Recipes load, overrides take the schema's types, and a recipe that cannot run says rule, values and remedy."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dcpo_openrlhf.config import Recipe, RecipeError, _rules, load_recipe, resolved_yaml
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}
+
+
+def write(tmp_path: Path, content: object) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return file
+
+
+def load(tmp_path: Path, *overrides: str) -> Recipe:
+    return load_recipe(write(tmp_path, MINIMAL), list(overrides))
+
+
+def refused(tmp_path: Path, content: object = MINIMAL, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, content), list(overrides))
+    return str(caught.value)
+
+
+def test_recipes_ship() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_resolves_to_itself(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, resolved_yaml(recipe))) == recipe
+    device = "cpu" if path.stem.endswith("-cpu") else "cuda"
+    assert (recipe.method.name, recipe.run.device) == (path.stem.split("-")[0], device), "METHOD-MODEL-DEVICES.yaml"
+
+
+def test_resolved_yaml_lists_every_setting_and_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path, "optimizer.learning_rate=1e-6", "run.dir=~/runs/a b", "rollout.max_sequences=7", "loss.dual_clip=3"
+    )
+    text = resolved_yaml(recipe)
+    assert load_recipe(write(tmp_path, text)) == recipe
+    listed = {(section, key) for section, keys in yaml.safe_load(text).items() for key in keys}
+    known = {(s, k) for s, f in Recipe.model_fields.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]
+    assert listed == known
+
+
+def test_every_override_of_a_resolved_recipe_is_read_back_with_its_type(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    for section, keys in recipe.model_dump(mode="json").items():
+        overrides = [f"{section}.{key}={'null' if value is None else value}" for key, value in keys.items()]
+        assert load(tmp_path, *overrides) == recipe, section
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.steps=12", 12),
+        ("optimizer.learning_rate=1e-6", 1e-6),  # text in YAML 1.1, which wants 1.0e-6
+        ("optimizer.learning_rate=4.0e-5", 4e-5),
+        ("method.target_entropy=1", 1.0),
+        ("task.chat=false", False),
+        ("monitor.tensorboard=no", False),
+        ("model.path=007", Path("007")),
+        ("model.path=$RECIPE_TEST_MODELS/a=b", Path("/models/a=b")),
+        ("task.heldout=null", None),
+        ("task.heldout=data/x.jsonl", Path("data/x.jsonl")),
+        ("task.system=null", None),
+        ("task.system=Answer: 42", "Answer: 42"),
+        ("task.system=1e3", "1e3"),
+        ("task.template={problem}", "{problem}"),
+        ("rollout.max_sequences=null", None),
+        ("rollout.max_sequences=4", 4),
+        ("loss.dual_clip=3", 3.0),
+        ("model.dtype=fp32", "fp32"),
+        ("train.recompute=none", "none"),
+        ("run.ray_address=auto", "auto"),
+    ],
+)
+def test_override_takes_the_type_of_the_schema(
+    override: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECIPE_TEST_MODELS", "/models")
+    section, key = override.partition("=")[0].split(".")
+    seen = getattr(getattr(load(tmp_path, override), section), key)
+    assert (type(seen), seen) == (type(value), value)
+
+
+def test_override_wins_over_the_file_and_the_last_one_over_the_first(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL | {"train": {"steps": 5, "group_size": 4}})
+    recipe = load_recipe(file, ["train.steps=6", "train.steps=7"])
+    assert (recipe.train.steps, recipe.train.group_size) == (7, 4)
+
+
+def test_home_and_variables_in_paths_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load(tmp_path, "run.dir=~/runs/x").run.dir == Path("/home/someone/runs/x")
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "said"),
+    [
+        (MINIMAL | {"trian": {"steps": 1}}, [], ["unknown key trian;", "did you mean 'train'?"]),
+        (MINIMAL | {"train": {"group_sise": 4}}, [], ["unknown key train.group_sise;", "did you mean 'group_size'?"]),
+        (MINIMAL | {"method": {"zzz": 1}}, [], ["unknown key method.zzz; known: name, mixing"]),
+        (MINIMAL, ["train.group_sise=4"], ["override 'train.group_sise=4'", "did you mean 'group_size'?"]),
+        (MINIMAL, ["trian.steps=4"], ["override 'trian.steps=4'", "did you mean 'train'?"]),
+        (MINIMAL, ["train.steps"], ["override 'train.steps'", "section.key=value"]),
+        (MINIMAL, ["steps=4"], ["override 'steps=4'", "section.key=value"]),
+        (MINIMAL, ["train.steps=[4"], ["override 'train.steps=[4'", "not valid YAML"]),
+        (MINIMAL, ["train.steps=many"], ["train.steps = 'many' must be a valid integer"]),
+        (MINIMAL, ["train.steps=1.5"], ["train.steps = 1.5 must be a valid integer"]),
+        (MINIMAL, ["train.steps="], ["train.steps = None must be a valid integer"]),
+        (MINIMAL, ["method.mixing=cnvex"], ["method.mixing = 'cnvex' must be 'convex' or 'additive'"]),
+        (MINIMAL, ["rollout.top_p=2"], ["rollout.top_p = 2 must be less than or equal to 1"]),
+        (MINIMAL, ["task.chat=maybe"], ["task.chat = 'maybe' must be a valid boolean"]),
+        (MINIMAL, ["optimizer.learning_rate=.inf"], ["optimizer.learning_rate = inf must be a finite number"]),
+        (MINIMAL | {"train": 3}, [], ["train = 3 must be a mapping of keys"]),
+        (MINIMAL | {"train": None}, ["train.steps=3"], ["section 'train' must be a mapping, got None"]),
+        ({"task": {"kind": "arithmetic"}}, [], ["model.path is required", "model.path=VALUE"]),
+        ({"model": {}}, [], ["model.path is required"]),
+        ("", [], ["model.path is required"]),
+        ("- 1\n- 2\n", [], ["a recipe is a mapping of sections, got list [1, 2]"]),
+        ("train: {steps: 1", [], ["cannot be read as YAML", "line 1"]),
+        ("train: {steps: 1}\ntrain: {steps: 2}\n", [], ["key 'train' stands twice", "line 2"]),
+        ("train: {steps: 1, steps: 2}\n", [], ["key 'steps' stands twice", "line 1"]),
+    ],
+)
+def test_bad_recipe_says_where_what_and_what_else(
+    content: object, overrides: list[str], said: list[str], tmp_path: Path
+) -> None:
+    message = refused(tmp_path, content, *overrides)
+    assert all(text in message for text in said), message
+
+
+def test_several_violations_are_reported_at_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, MINIMAL | {"trian": {}, "train": {"steps": 0}, "run": {"device": "tpu"}})
+    assert len(message.splitlines()) == 4, message
+    for text in ("recipe.yaml:", "trian", "train.steps = 0 must be greater than 0", "run.device = 'tpu' must be"):
+        assert text in message
+
+
+def test_unreadable_recipe_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--recipe .*none\.yaml: no such file; recipes/ holds"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match=r"cannot be read \(Is a directory\); name a readable file"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"task: {system: \xe9}")
+    with pytest.raises(RecipeError, match="cannot be read as YAML"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+# each breaks one rule between fields and lists what its message says: rule, values seen, remedy
+RULES = [
+    (["train.group_size=1"], ["train.group_size = 1 must be at least 2", "raise it"]),
+    (
+        ["train.prompts_per_step=10", "train.prompts_per_update=4"],
+        ["train.prompts_per_step = 10 must be a multiple of train.prompts_per_update = 4", "change one of them"],
+    ),
+    (
+        ["parallel.tensor=3"],
+        [
+            "parallel.tensor * pipeline * context = 3 * 1 * 1 = 3 must divide nodes * devices_per_node = 1 * 8 = 8",
+            "lower",
+        ],
+    ),
+    (
+        ["train.prompts_per_step=3", "train.prompts_per_update=3", "train.group_size=2"],
+        [
+            "prompts_per_update * group_size = 3 * 2 = 6 rows must divide evenly over 8 data-parallel",
+            "change prompts_per",
+        ],
+    ),
+    (["parallel.sequence_parallel=true"], ["sequence_parallel needs parallel.tensor > 1, got 1", "turn it off"]),
+    (["task.kind=jsonl"], ["task.kind = jsonl needs task.train", "set task.kind=arithmetic"]),
+    (["weight_sync.transport=gloo"], ["weight_sync.transport = gloo is for run.device = cpu", "use nccl or ipc"]),
+    (
+        ["run.device=cpu", "weight_sync.transport=nccl"],
+        ["weight_sync.transport = nccl needs run.device = cuda", "use gloo or shared_memory"],
+    ),
+    (
+        ["run.device=cpu", "weight_sync.transport=shared_memory", "parallel.nodes=2"],
+        ["shared_memory needs one node, got parallel.nodes = 2", "use gloo"],
+    ),
+    (
+        ["optimizer.min_learning_rate=1e-7"],
+        ["optimizer.min_learning_rate = 1e-07 has no effect with schedule = constant", "use linear or cosine"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), RULES, ids=lambda case: case[-1].split(" ")[0])
+def test_rule_between_fields(overrides: list[str], said: list[str], tmp_path: Path) -> None:
+    message = refused(tmp_path, MINIMAL, *overrides)
+    assert all(text in message for text in said), message
+    assert len(message.splitlines()) == 2, message
+
+
+def test_every_rule_between_fields_has_a_case_above(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert all(holds for holds, _ in _rules(recipe))
+    messages = [refused(tmp_path, MINIMAL, *overrides) for overrides, _ in RULES]
+    # a rule is known by its words up to the first value
+    first_words = [" ".join(text.split(" ")[:2]) for _, text in _rules(recipe)]
+    assert len(RULES) == len(first_words)
+    assert all(any(words in message for message in messages) for words in first_words)
+
+
+def test_two_broken_rules_are_both_named(tmp_path: Path) -> None:
+    message = refused(tmp_path, MINIMAL, "train.group_size=1", "parallel.sequence_parallel=true")
+    assert "train.group_size = 1" in message and "parallel.sequence_parallel" in message
+
+
+def test_recipe_is_frozen(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.train.steps = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.train = recipe.train  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "transport", "dtype"),
+    [
+        ([], "nccl", "bfloat16"),
+        (["weight_sync.transport=ipc", "rollout.dtype=float32"], "ipc", "float32"),
+        (["run.device=cpu", "model.dtype=fp32"], "shared_memory", "float32"),
+        (["run.device=cpu", "parallel.nodes=2"], "gloo", "bfloat16"),
+    ],
+)
+def test_auto_follows_device_nodes_and_model(overrides: list[str], transport: str, dtype: str, tmp_path: Path) -> None:
+    recipe = load(tmp_path, *overrides)
+    assert (recipe.transport, recipe.engine_dtype) == (transport, dtype)
+
+
+def test_sizes_that_follow_from_others(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "parallel.nodes=2", "parallel.tensor=4", "train.prompts_per_update=256")
+    assert (recipe.parallel.world_size, recipe.parallel.data, recipe.updates_per_step) == (16, 4, 2)
+    assert recipe.rollout.context == recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
