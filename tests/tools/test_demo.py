@@ -98,6 +98,34 @@ def test_signals_unwind_the_stack_once(number):
     assert ended.value.code == 128 + number
 
 
+def test_orphans_in_sessions_of_their_own_are_ended_and_strangers_are_not(tmp_path):
+    """A stand-in for the cluster's head ends at once and leaves an orphan that ignores SIGTERM."""
+    head_code = """
+import os, signal, time
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        demo.adopt_orphans()
+        strangers = frozenset(psutil.Process().children(recursive=True))
+        head = subprocess.Popen([sys.executable, "-c", head_code], stdout=subprocess.PIPE, start_new_session=True)
+        assert head.stdout is not None
+        orphan = int(head.stdout.readline())
+        head.wait()
+        with demo.signals_as_exit():
+            demo.stop_cluster(demo.Cluster("", tmp_path, head, strangers))
+        assert not psutil.pid_exists(orphan)
+        assert stranger.poll() is None
+        assert not tmp_path.exists()
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 @pytest.mark.slow
 def test_signal_ends_everything_within_30_seconds(tmp_path):
     runner = start(tmp_path, STUBBORN_JOB)
