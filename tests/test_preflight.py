@@ -1,0 +1,286 @@
+"""Preflight names every violation of recipe, model folder and machine at once, with values and remedy."""
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcpo_openrlhf import preflight
+from dcpo_openrlhf.config import Recipe, RecipeError
+from dcpo_openrlhf.objectives import METHODS
+from tests.tiny import MAX_POSITIONS, make_tiny_model
+
+Check = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("preflight") / "tiny", heads=4, kv_heads=2, ffn=128)
+
+
+@pytest.fixture
+def violations(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Lines of the error that a recipe for the tiny model gives once `changes` ({"section.key": value}) are made."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def check(changes: dict[str, Any] | None = None) -> list[str]:
+        values: dict[str, dict[str, Any]] = {
+            "run": {"dir": tmp_path / "run", "device": "cpu", "logical_devices": 2},
+            "model": {"path": tiny},
+            "task": {"kind": "arithmetic"},
+            "train": {"prompts_per_step": 12, "prompts_per_update": 12, "group_size": 4},
+            "parallel": {"devices_per_node": 1},
+            "rollout": {"engines": 1, "max_prompt_tokens": MAX_POSITIONS - 16, "max_new_tokens": 16},
+        }
+        for key, value in (changes or {}).items():
+            section, name = key.split(".")
+            values.setdefault(section, {})[name] = value
+        recipe = Recipe.model_validate(values)
+        try:
+            preflight.check(recipe)
+        except RecipeError as error:
+            title, *lines = str(error).splitlines()
+            assert title == "the recipe cannot run:"
+            return [line.removeprefix("  ") for line in lines]
+        return []
+
+    return check
+
+
+@pytest.fixture
+def model_with(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny model's config.json with other values (None: without the key), weights linked."""
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        config = json.loads((tiny / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def only(lines: list[str]) -> str:
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_recipe_that_can_run_passes_and_writes_nothing(violations: Check, tmp_path: Path) -> None:
+    assert violations() == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_context_may_be_filled_to_the_last_position(violations: Check) -> None:
+    line = only(violations({"rollout.max_prompt_tokens": MAX_POSITIONS - 15}))
+    assert f"= {MAX_POSITIONS - 15} + 16 = {MAX_POSITIONS + 1} exceeds the model's" in line
+    assert f"max_position_embeddings = {MAX_POSITIONS}; lower one of them" in line
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["no folder", "empty folder"])
+def test_missing_model_folder(violations: Check, tmp_path: Path, made: bool) -> None:
+    if made:
+        (tmp_path / "nothing").mkdir()
+    line = only(violations({"model.path": tmp_path / "nothing"}))
+    assert line.startswith(f"model.path = {tmp_path / 'nothing'} is not a Hugging Face model folder")
+    assert "python -m tools.smollm2" in line
+
+
+def test_model_folder_without_weights(violations: Check, model_with: Callable[..., Path]) -> None:
+    folder = model_with()
+    (folder / "model.safetensors").unlink()
+    assert "has no weights (model.safetensors or model.safetensors.index.json)" in only(
+        violations({"model.path": folder})
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "\xff", '"text"', "[]"])
+def test_broken_model_config(violations: Check, model_with: Callable[..., Path], text: str) -> None:
+    folder = model_with()
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    line = only(violations({"model.path": folder}))
+    assert "cannot be read as JSON" in line or "is not supported; use one of llama, qwen2" in line
+
+
+def test_model_config_without_sizes(violations: Check, model_with: Callable[..., Path]) -> None:
+    line = only(violations({"model.path": model_with(max_position_embeddings=None, num_hidden_layers=None)}))
+    assert "has no num_hidden_layers, max_position_embeddings; complete it" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gemma2"}, "model_type = 'gemma2' in .* is not supported; use one of llama, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' in .* is not implemented, only 'silu'; use another model"),
+        ({"attention_bias": True}, "attention_bias = True in .* is not implemented, only False"),
+        ({"mlp_bias": True}, "mlp_bias = True in .* is not implemented, only False"),
+        ({"use_sliding_window": True}, "use_sliding_window = True in .* is not implemented, only False"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type = 'llama3' in .* is not implemented, only 'default'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn' in .* is not implemented"),
+    ],
+)
+def test_model_that_is_not_implemented(
+    violations: Check, model_with: Callable[..., Path], changes: dict[str, Any], said: str
+) -> None:
+    assert re.match(said, only(violations({"model.path": model_with(**changes)})))
+
+
+def test_tensor_size_must_divide_heads_groups_and_width(violations: Check) -> None:
+    lines = violations({"parallel.tensor": 3, "parallel.devices_per_node": 3, "run.logical_devices": 4})
+    assert lines == [
+        "parallel.tensor = 3 must divide num_attention_heads = 4; this model allows 1, 2",
+        "parallel.tensor = 3 must divide num_key_value_heads = 2; this model allows 1, 2",
+        "parallel.tensor = 3 must divide intermediate_size = 128; this model allows 1, 2",
+    ]
+    line = only(violations({"parallel.tensor": 4, "parallel.devices_per_node": 4, "run.logical_devices": 5}))
+    assert line == "parallel.tensor = 4 must divide num_key_value_heads = 2; this model allows 1, 2"
+
+
+def test_engine_tensor_size_must_divide_heads_but_may_copy_groups(violations: Check) -> None:
+    assert violations({"rollout.tensor_parallel": 4, "run.logical_devices": 5}) == []
+    lines = violations({"rollout.tensor_parallel": 3, "run.logical_devices": 4})
+    assert lines[0] == "rollout.tensor_parallel = 3 must divide num_attention_heads = 4; this model allows 1, 2"
+    assert len(lines) == 3
+
+
+def test_experts_are_cut_by_their_own_width(violations: Check, model_with: Callable[..., Path]) -> None:
+    moe = model_with(model_type="qwen3_moe", moe_intermediate_size=6, norm_topk_prob=True, num_key_value_heads=4)
+    lines = violations(
+        {"model.path": moe, "parallel.tensor": 4, "parallel.devices_per_node": 4, "run.logical_devices": 5}
+    )
+    assert only(lines) == "parallel.tensor = 4 must divide moe_intermediate_size = 6; this model allows 1, 2"
+
+
+@pytest.mark.parametrize("name", ["pipeline", "context"])
+def test_dimensions_without_weight_sync_are_refused(violations: Check, name: str) -> None:
+    lines = violations({f"parallel.{name}": 2, "parallel.devices_per_node": 2, "run.logical_devices": 3})
+    assert only(lines).startswith(f"parallel.{name} = 2 is not supported yet") and lines[0].endswith("set 1")
+
+
+def test_not_enough_logical_devices(violations: Check) -> None:
+    changes = {"rollout.engines": 2, "rollout.tensor_parallel": 2, "parallel.devices_per_node": 3}
+    assert only(violations(changes)) == (
+        "the run needs 7 devices: 1 nodes * 3 for training + 2 engines * tensor_parallel 2, run.logical_devices = 2; "
+        "raise it, or lower rollout.engines or the mesh"
+    )
+    assert violations(changes | {"run.logical_devices": 7}) == []
+
+
+def test_not_enough_gpus_on_this_machine(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    line = only(violations({"run.device": "cuda"}))
+    assert "the run needs 2 devices" in line and "this machine has 1 GPUs" in line and "set run.device=cpu" in line
+
+
+@pytest.mark.parametrize(("gpus", "cpus"), [(1, 8), (8, 1)])
+def test_cluster_that_is_too_small(tiny: Path, gpus: float, cpus: float) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "run": {"device": "cpu"},
+            "model": {"path": tiny},
+            "task": {"kind": "arithmetic"},
+            "parallel": {"devices_per_node": 1},
+            "rollout": {"engines": 1},
+        }
+    )
+    said = rf"the run needs 2 devices.*the cluster has {gpus} logical devices and {cpus} CPUs; lower rollout\.engines"
+    with pytest.raises(RecipeError, match=said):
+        preflight.check_cluster(recipe, gpus=gpus, cpus=cpus)
+    preflight.check_cluster(recipe, gpus=2, cpus=2)
+
+
+def test_announced_cluster_must_answer(violations: Check, taken_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert violations({"run.ray_address": f"ray://127.0.0.1:{taken_port}", "run.logical_devices": 1}) == []
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, so that nobody else listens there
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        line = only(violations())
+    assert line.startswith(f"no Ray cluster answers at {address}, which run.ray_address or RAY_ADDRESS names")
+    assert "ray start --head" in line
+
+
+def test_run_folder_under_a_file(violations: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = only(violations({"run.dir": tmp_path / "file" / "run"}))
+    assert line.startswith(
+        f"run.dir = {tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is not a folder that this user can"
+    )
+    assert line.endswith("name another run.dir or change its permissions")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+@pytest.mark.parametrize("mode", [0o000, 0o500])
+def test_run_folder_without_permission(violations: Check, tmp_path: Path, mode: int) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=mode)
+    try:
+        line = only(violations({"run.dir": locked / "run"}))
+    finally:
+        locked.chmod(0o700)
+    assert f"{locked} is not a folder that this user can read and write" in line
+
+
+def test_run_folder_that_holds_a_run_stays_as_it_is(violations: Check, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert violations() == [], "an empty folder may be used"
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    line = only(violations())
+    assert line.startswith(f"run.dir = {tmp_path / 'run'} already holds a run") and "name another run.dir" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_port_that_is_taken(violations: Check, taken_port: int) -> None:
+    line = only(violations({"weight_sync.port": taken_port}))
+    assert line.startswith(f"weight_sync.port = {taken_port} cannot be bound on this host (Address already in use)")
+    assert line.endswith("name another port, or null for a free one")
+
+
+def test_missing_data_files(violations: Check, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    changes = {"task.kind": "jsonl", "task.train": tmp_path / "train.jsonl", "task.heldout": tmp_path}
+    line = only(violations(changes))
+    assert line.startswith(f"task.heldout = {tmp_path}: no such readable file; name a JSONL file")
+    assert len(violations(changes | {"task.train": tmp_path / "none.jsonl"})) == 2
+
+
+def test_unknown_method(violations: Check) -> None:
+    line = only(violations({"method.name": "dpco"}))
+    assert line.startswith("method.name = 'dpco' is not a row of objectives.METHODS; did you mean 'dcpo'?")
+    assert "grpo" in line
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.samples != "policy" or m.expected_regulariser])
+def test_method_that_the_trainer_cannot_feed(violations: Check, name: str) -> None:
+    assert f"method.name = {name!r} is in the table" in only(violations({"method.name": name}))
+
+
+def test_all_violations_are_reported_at_once(violations: Check, tmp_path: Path, taken_port: int) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    lines = violations(
+        {
+            "method.name": "dpco",
+            "model.path": tmp_path / "nothing",
+            "weight_sync.port": taken_port,
+            "rollout.engines": 9,
+        }
+    )
+    keys = ["method.name", "model.path", "run.dir", "weight_sync.port", "the run needs 10 devices"]
+    assert len(lines) == len(keys), lines
+    assert all(line.startswith(key) for line, key in zip(lines, keys, strict=True)), lines
