@@ -1,5 +1,5 @@
 # make setup   build .venv from the CPU lock file        make check   format, lint, types
-# make demo    train SmolLM2-135M with DCPO, here        make bench   the benchmarks in tools/bench
+# make demo    train SmolLM2-135M with DCPO, here        make bench   BENCH=token_stats: a benchmark in tools/bench
 # make test    the test suite                            make lock    resolve both lock files again
 # Variables: PYTHON=python3.11, TORCH_INDEX=URL of the index that holds torch's CPU wheels, ARGS=more arguments of the command.
 
@@ -10,6 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 ARGS ?=
+BENCH ?= token_stats
 BIN := .venv/bin
 CPU_LOCK := docker/requirements-cpu.lock
 GPU_LOCK := docker/requirements-gpu.lock
@@ -59,7 +60,7 @@ check: setup
 	$(BIN)/pyright
 
 bench: setup
-	$(RUN_ENV) $(BIN)/python -m tools.bench $(ARGS)
+	$(RUN_ENV) $(BIN)/python -m tools.bench.$(BENCH) $(ARGS)
 
 # UPGRADE=1 moves to the newest versions allowed. The GPU set is resolved without local wheels: torch+cpu would satisfy torch==2.13.0.
 LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --python-version 3.11 \
