@@ -1,0 +1,171 @@
+"""The entry: a dry run starts nothing, and bad input ends in one clear error before anything is started or written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dcpo_openrlhf import train_dcpo
+from dcpo_openrlhf.config import load_recipe
+from tests.tiny import make_tiny_model
+
+ROOT = Path(__file__).parents[1]
+PROBLEM = {"id": "a", "problem": "1+1?", "answer": "2", "source": "test"}
+Main = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("train") / "tiny", layers=1)
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    values = {
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu", "logical_devices": 2},
+        "model": {"path": str(tiny)},
+        "task": {"kind": "arithmetic", "template": "plain"},
+        "train": {"steps": 1, "prompts_per_step": 2, "prompts_per_update": 2, "group_size": 2},
+        "parallel": {"devices_per_node": 1},
+        "rollout": {"engines": 1, "max_prompt_tokens": 100, "max_new_tokens": 8},
+    }
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture
+def main(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """(exit status, stdout, stderr) of the entry on the tiny recipe; starting Ray fails the test."""
+
+    def started(*_: Any) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(train_dcpo, "_join_ray", started)
+    monkeypatch.setattr(train_dcpo, "_log_to_stdout", lambda: None)  # it would take pytest's log handlers away
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = train_dcpo.main(["--recipe", str(recipe), *arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def error_of(outcome: tuple[int, str, str], tmp_path: Path) -> str:
+    """The one error of a refused run, which left no trace."""
+    status, out, err = outcome
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("error: ") == 1 and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+    return err
+
+
+def jsonl(tmp_path: Path, *lines: object) -> str:
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return f"task.train={file}"
+
+
+def test_dry_run_prints_the_resolved_recipe(main: Main, recipe: Path, tmp_path: Path) -> None:
+    status, out, err = main("--dry-run", "train.steps=7")
+    assert (status, err) == (0, "")
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(out)
+    assert load_recipe(resolved) == load_recipe(recipe, ["train.steps=7"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_and_bad_data_import_neither_ray_nor_vllm(recipe: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from dcpo_openrlhf.train_dcpo import main\n"
+        f"assert main(['--recipe', {str(recipe)!r}, '--dry-run']) == 0\n"
+        f"assert main(['--recipe', {str(recipe)!r}, 'task.kind=jsonl', {jsonl(tmp_path)!r}]) == 2\n"
+        "print('loaded:', sorted({'ray', 'vllm', 'openrlhf', 'megatron', 'deepspeed'} & set(sys.modules)))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/train.jsonl: is empty; give one JSON object a line")
+
+
+def test_bad_recipe(main: Main, tmp_path: Path) -> None:
+    err = error_of(main("train.steps=0", "train.group_sise=2"), tmp_path)
+    assert "no key train.group_sise; did you mean 'group_size'?" in err
+    assert "train.steps = 0 must be greater than 0" in error_of(main("train.steps=0"), tmp_path)
+    assert "train.group_size = 1 must be at least 2" in error_of(main("train.group_size=1"), tmp_path)
+    assert "is not a Hugging Face model folder" in error_of(main("model.path=/nowhere"), tmp_path)
+
+
+def test_empty_jsonl(main: Main, tmp_path: Path) -> None:
+    assert "train.jsonl: is empty" in error_of(main("task.kind=jsonl", jsonl(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"id": ', "train.jsonl:2: not JSON"),
+        ("[1]", "train.jsonl:2: list instead of an object"),
+        ("", "train.jsonl:2: not JSON"),
+        ({"id": "b", "problem": "x"}, "train.jsonl:2: missing answer, source"),
+        (PROBLEM | {"id": "b", "answer": 2}, "train.jsonl:2: answer is 2 (int); write it as a string"),
+        (PROBLEM, "train.jsonl:2: id 'a' is already on line 1"),
+    ],
+)
+def test_malformed_jsonl_names_file_and_line(line: object, said: str, main: Main, tmp_path: Path) -> None:
+    assert said in error_of(main("task.kind=jsonl", jsonl(tmp_path, PROBLEM, line)), tmp_path)
+
+
+def test_prompt_longer_than_its_room(main: Main, tmp_path: Path) -> None:
+    long = PROBLEM | {"id": "long", "problem": "one plus " * 40}
+    err = error_of(main("task.kind=jsonl", jsonl(tmp_path, PROBLEM, long)), tmp_path)
+    assert "prompt 'long' has" in err and "above the limit of 100 = context 108 - max_new_tokens 8" in err
+    heldout = jsonl(tmp_path, long).replace("task.train", "task.heldout")
+    (tmp_path / "short.jsonl").write_text(json.dumps(PROBLEM))
+    err = error_of(main("task.kind=jsonl", f"task.train={tmp_path}/short.jsonl", heldout), tmp_path)
+    assert "prompt 'long' has" in err
+
+
+def test_other_data_errors(main: Main, tmp_path: Path) -> None:
+    assert "no prompt template 'nope'; take one of" in error_of(main("task.template=nope"), tmp_path)
+    assert "arithmetic level must be one of" in error_of(main("task.level=99"), tmp_path)
+
+
+def test_tokenizer_that_is_missing_or_never_ends(main: Main, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(tiny / name)
+    assert f"the tokenizer of {folder} cannot be loaded" in error_of(main(f"model.path={folder}"), tmp_path)
+    (folder / "tokenizer.json").symlink_to(tiny / "tokenizer.json")
+    config = json.loads((tiny / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    err = error_of(main(f"model.path={folder}"), tmp_path)
+    assert "pad_token_id = None; set both in its tokenizer_config.json" in err
+
+
+def test_signal_is_told_and_sets_the_exit_status(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any) -> None:
+        raise train_dcpo.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(train_dcpo, "run", interrupted)
+    status, _, err = main()
+    assert status == 128 + signal.SIGTERM
+    assert err.startswith("ended by SIGTERM")
+
+
+def test_unknown_option_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train_dcpo.main(["--recipe", "x.yaml", "--dryrun"])
+    assert caught.value.code == 2
+    assert "--dryrun" in capsys.readouterr().err
