@@ -46,6 +46,8 @@ $(STAMP): $(CPU_LOCK) pyproject.toml
 	DS_BUILD_OPS=0 $(UV_INSTALL) -r $(CPU_LOCK) || \
 	  { echo "If torch==...+cpu was not found: make setup TORCH_INDEX=URL, with the index of torch's CPU wheels (see README)" >&2; exit 1; }
 	$(UV_INSTALL) --no-build-isolation --editable .
+	@echo "compiling the packages' bytecode once (every process of a run imports them)"
+	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true  # templates among them do not compile
 	touch $@
 
 demo: setup

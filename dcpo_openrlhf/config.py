@@ -40,7 +40,7 @@ class Run(Section):
     """Show the output of actors and engines in the driver's log too; it is in Ray's session folder either way."""
     startup_timeout: Annotated[float, Field(gt=0)] = 900.0
     """Seconds until engines and actors must be ready."""
-    shutdown_timeout: Annotated[float, Field(gt=0)] = 20.0
+    shutdown_timeout: Annotated[float, Field(gt=0)] = 8.0
     """Seconds that actors and engines are given to end after a signal; they are killed then."""
 
 

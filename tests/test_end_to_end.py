@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import make_tiny_model
 
@@ -28,12 +28,16 @@ class Run:
 
     def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
-        recipe = folder.with_suffix(".yaml")
+        recipe, data = folder.with_suffix(".yaml"), folder.with_suffix(".jsonl")
+        rows = [
+            {"id": f"sum-{n}", "problem": f"What is {n} + {7 - n}?", "answer": "7", "source": "test"} for n in range(8)
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe.write_text(
             f"""
             run: {{dir: {folder}, device: cpu, logical_devices: 3}}
             model: {{path: {model}, dtype: fp32}}
-            task: {{kind: arithmetic, template: plain}}
+            task: {{train: {data}, heldout: {data}, template: plain}}
             reward: {{extractor: last_integer}}
             method: {{target_entropy: 3.0, alpha_max: 1.0}}
             optimizer: {{learning_rate: 1.0e-3}}
@@ -81,7 +85,16 @@ class Run:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
+    """A random model whose output layer favours "7", so that about half of its responses end in the right integer."""
+    path = make_tiny_model(tmp_path_factory.mktemp("model"), tie=False)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = policy.model(**tokenizer("What is 3 + 4?", return_tensors="pt")).last_hidden_state[0].mean(0)
+        (seven,) = tokenizer("7", add_special_tokens=False)["input_ids"]
+        policy.lm_head.weight[seven] += 6.0 * hidden / hidden.pow(2).sum()
+    policy.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +111,7 @@ def test_run_folder_holds_metrics_samples_and_report(finished: Run) -> None:
         assert set(METRICS) <= set(m)
         assert m["entropy/target"] == 3.0
         assert m["mismatch/prob_diff_mean"] < 1e-4  # fp32 on both sides: the engine has the trainer's weights
-        assert m["policy/grad_norm"] > 0
+        assert m["policy/grad_norm"] > 0 and 0 < m["rollout/reward_mean"] < 1
     assert [m["weights/version"] for m in metrics] == [2, 3]  # version 1 is the sync before the first rollout
     report = (finished.folder / "report.md").read_text()
     assert "held-out accuracy" in report and "minutes" in report
@@ -116,7 +129,9 @@ def test_exported_folder_loads_in_transformers_with_trained_weights(finished: Ru
     assert before.keys() == after.keys()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) == len(before)
-    assert max(float((before[n] - after[n]).abs().max()) for n in moved) < 0.1  # four updates of at most 1e-3 each, and a margin
+    assert (
+        max(float((before[n] - after[n]).abs().max()) for n in moved) < 0.1
+    )  # four updates of at most 1e-3 each, and a margin
 
 
 def test_exported_folder_loads_in_vllm(finished: Run) -> None:
@@ -128,7 +143,9 @@ if __name__ == "__main__":
 """
     script = finished.folder / "load.py"
     script.write_text(code)
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=finished.folder)
+    out = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=finished.folder
+    )
     assert "TOKENS" in out.stdout, out.stderr[-3000:]
 
 
@@ -145,7 +162,6 @@ def test_same_seed_repeats_prompts_and_first_metrics_and_a_signal_ends_all(finis
 
     first, repeat = finished.metrics()[0], again.metrics()[0]
     assert [r["id"] for r in again.samples(1)] == [r["id"] for r in finished.samples(1)]
-    for name in ("entropy/target", "policy/learning_rate"):
-        assert repeat[name] == first[name]
-    if [r["response"] for r in again.samples(1)] == [r["response"] for r in finished.samples(1)]:
-        assert repeat["entropy/exact"] == pytest.approx(first["entropy/exact"], abs=1e-5)
+    assert [r["response"] for r in again.samples(1)] == [r["response"] for r in finished.samples(1)]
+    for name in ("entropy/exact", "entropy/sampled", "rollout/reward_mean", "policy/loss", "policy/grad_norm"):
+        assert repeat[name] == pytest.approx(first[name], rel=1e-5), name
