@@ -147,6 +147,23 @@ def members(cluster: Cluster) -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if p not in cluster.strangers]
 
 
+class PeakMemory(threading.Thread):
+    """Highest sum over the cluster's processes of their proportional set size (shared pages once), every 2 s."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(daemon=True)
+        self.cluster, self.gib = cluster, 0.0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(2.0):
+            total = 0
+            for process in members(self.cluster):
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            self.gib = max(self.gib, total / 2**30)
+
+
 def stop_cluster(cluster: Cluster) -> None:
     """End every process of the cluster within 14 s: first asked (`ray start --block` stops its own), then killed."""
     ignore_signals()
@@ -248,13 +265,17 @@ def main() -> int:
         command = [sys.executable, "-m", "dcpo_openrlhf.train_dcpo", "--recipe", str(args.recipe.resolve()), *overrides]
         print(f"Run folder: {run_dir}\nStarting a Ray cluster of our own ...", flush=True)
         with signals_as_exit(), local_cluster(cpus=8, gpus=recipe.run.logical_devices) as cluster:
+            memory = PeakMemory(cluster)
+            memory.start()
             status = run_job(cluster, command)
+            memory.ended.set()
     except (DemoError, RecipeError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     if status != 0:
         print(f"demo: the training job ended with status {status}; its log is above", file=sys.stderr)
         return status
+    print(f"Peak memory of all processes, Ray's included: {memory.gib:.1f} GiB")
     for report in sorted(run_dir.glob("report*")):
         print(f"Report: {report}")
     print(f"Picture: python -m tools.plot_run {shlex.quote(str(run_dir))} --output run.png")
