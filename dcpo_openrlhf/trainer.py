@@ -266,5 +266,7 @@ def make_controller(recipe: Recipe) -> EntropyController:
         temperature_rule=m.temperature_rule,
         alpha_schedule=m.alpha_schedule,
         alpha_max=m.alpha_max,
+        proportional_gain=m.proportional_gain,
+        integral_gain=m.integral_gain,
         entropy_source=m.entropy_source,
     )
