@@ -58,7 +58,6 @@ def _shard_vocabulary(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tenso
 
 
 REPLICATED = Cut(lambda hf, rank, size, s: hf[0], lambda shards, s: [shards[0]], dim=None)
-ROWS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 0)[rank], lambda shards, s: [torch.cat(shards, 0)])
 COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [torch.cat(shards, 1)], dim=1)
 VOCABULARY = Cut(_shard_vocabulary, lambda shards, s: [torch.cat(shards)[: s.vocab_size]])
 QKV = Cut(_shard_qkv, _merge_qkv)
