@@ -33,6 +33,7 @@ class RayWeightSyncClient:
 
     def begin(self, version: int | None = None) -> None:
         """Start the clock of a sync; `version` is what the engines report once it is finished."""
+        self.stage = "reading the source"
         self._version = version
         self._ends = time.monotonic() + self.deadline_s
 

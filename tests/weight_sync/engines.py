@@ -1,6 +1,7 @@
 """A Ray cluster with a real vLLM engine on a tiny model, compared with transformers on the same folder."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -40,6 +41,7 @@ class FolderSource(WeightSource):
 def cluster(gpus: int = 1) -> Iterator[None]:
     """A local Ray cluster with `gpus` logical GPUs, in a folder of its own."""
     folder = tempfile.mkdtemp(prefix="ray_", dir="/tmp")  # Ray's socket names must be short
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else other work on the machine starves the engine
     ray.init(num_cpus=gpus + 2, num_gpus=gpus, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
     try:
         yield
@@ -113,7 +115,7 @@ def assert_serves(made: list[Any], folder: Path) -> None:
         )
         for experience in experiences:
             prompt_length = int(experience.action_mask[0].argmax()) + 1
-            expected = model.generate(experience.sequences[:, :prompt_length], max_new_tokens=16, do_sample=False)
+            expected = model.generate(experience.sequences[:, :prompt_length], max_new_tokens=16, do_sample=False)  # type: ignore[attr-defined]
             assert experience.sequences.tolist() == expected.tolist()
         assert largest_logp_error(experiences, folder) < 1e-4
 
