@@ -15,7 +15,7 @@ from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 
 install_flash_attn_stub()
 
-from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
+from openrlhf.trainer.ppo_utils.experience import Experience, tensor_field  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 
 from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
@@ -25,11 +25,11 @@ from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
 class DCPOExperience(Experience):
     """The rows of one update and what pi_old says of their tokens; inherited fields keep their meaning."""
 
-    entropy: Float[Tensor, "batch time-1"] | None = None
+    entropy: Float[Tensor, "batch time-1"] = tensor_field("step", default=None)  # noqa: RUF009
     """H_t [nats/token], exact, of pi_old at T = 1."""
-    tempered_log_probs: Float[Tensor, "batch time-1 temperatures"] | None = None
+    tempered_log_probs: Float[Tensor, "batch time-1 temperatures"] = tensor_field("step", default=None)  # noqa: RUF009
     """log pi_old^T of the sampled tokens for each T of `DCPOExperienceMaker.temperatures`."""
-    target_ratio: Float[Tensor, "batch time-1"] | None = None
+    target_ratio: Float[Tensor, "batch time-1"] = tensor_field("step", default=None)  # noqa: RUF009
     """rho_{i,t} at the temperature that the controller chose; 1 outside the action mask."""
     advantage_terms: tuple[Float[Tensor, "batch time-1"], ...] = ()
     """Advantages whose clipped surrogates are summed."""
@@ -45,6 +45,8 @@ class DCPOExperience(Experience):
 
 class DCPOExperienceMaker(RemoteExperienceMaker):
     """OpenRLHF's experience maker, with token statistics for its forward passes and DCPO's advantage for its own."""
+
+    actor_model_group: Any  # a MegatronActorGroup
 
     def __init__(self, *args: Any, controller: EntropyController, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from dcpo_openrlhf import preflight, tasks
 from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe, resolved_yaml
@@ -180,7 +180,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
         timeout_s=recipe.run.startup_timeout,
     )
     stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
-    group = MegatronActorGroup(p.nodes, p.devices_per_node, MegatronActor)
+    group = MegatronActorGroup(p.nodes, p.devices_per_node, cast(Any, MegatronActor))
     stack.callback(_kill, group)
     logger.info("starting %d rollout engines and %d policy ranks", r.engines, p.world_size)
     wait_until_ready(engines, recipe.run.startup_timeout)

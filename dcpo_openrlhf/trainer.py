@@ -64,7 +64,7 @@ class DCPOTrainer(BasePPOTrainer):
             clock = Stopwatch()
             samples = self.rollout(step)
             clock.lap("rollout")
-            experiences = self.experience_maker.make_experience_batch(samples)
+            experiences: list[Any] = self.experience_maker.make_experience_batch(samples)
             clock.lap("token_stats")
             put(experiences, self.actor_model_group)
             status = self.ppo_train(step)

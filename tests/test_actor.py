@@ -1,6 +1,4 @@
-"""Trainer and engine hold the same policy: after a sync from tp = 2 their greedy outputs are equal, before it they are not."""
-
-from pathlib import Path
+"""Trainer (tp = 2) and engine hold the same policy: their greedy outputs are equal after a sync, and not before."""
 
 import pytest
 import ray

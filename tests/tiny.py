@@ -30,7 +30,7 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of about 300 tokens with <|im_start|>, <|im_end|> (end of turn), a pad token and a ChatML template."""
+    """Byte-level BPE of about 300 tokens: <|im_start|>, <|im_end|> (end of turn), a pad token, a ChatML template."""
     tokens = [PAD, TURN_START, TURN_END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
     for word in WORDS:

@@ -2,6 +2,7 @@
 
 import datetime
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,11 @@ def init_mesh(
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"),
     )
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """This rank's tensor-parallel group."""
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
 
 
 def close_mesh() -> None:

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 from dcpo_openrlhf.config import Model, Parallel, Train
 from dcpo_openrlhf.megatron import names
 from dcpo_openrlhf.megatron.layers import PackedAttention, RMSNorm
-from dcpo_openrlhf.megatron.mesh import Mesh
+from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -166,7 +166,7 @@ def load_weights(policy: Policy, weights: "HFWeights", *, mesh: Mesh) -> None:
             )
         parameter.copy_(shard)
         if entry.cut.dim is not None:
-            # megatron-core marks what it initialises; unmarked, the gradient norm would count this shard on rank 0 alone
+            # megatron-core marks what it initialises; unmarked, the gradient norm counts this shard on rank 0 alone
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
             parameter.partition_dim, parameter.partition_stride = entry.cut.dim, 1  # type: ignore[attr-defined]
 
@@ -202,7 +202,7 @@ class HFWeights:
 @torch.no_grad()
 def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Full Hugging Face tensors of the live model, one at a time; every tensor-parallel rank iterates in step."""
-    group: Any = parallel_state.get_tensor_model_parallel_group()
+    group: Any = tensor_group()
     size = dist.get_world_size(group)
     for entry, parameter in policy.entries():
         local = parameter.detach().contiguous()

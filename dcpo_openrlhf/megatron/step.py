@@ -1,5 +1,6 @@
 """Token statistics and updates: packed micro-batches through megatron-core's schedules and optimizer."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.config import Loss, Optimizer
 from dcpo_openrlhf.megatron.batch import Packed, Rows, micro_batches
-from dcpo_openrlhf.megatron.mesh import Mesh
+from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.megatron.model import Policy
 from dcpo_openrlhf.megatron.token_stats import token_stats
 
@@ -58,7 +59,7 @@ class PolicyStep:
                 logits,
                 packed.targets,
                 temperatures=temperatures,
-                tp_group=_tensor_group(),
+                tp_group=tensor_group(),
                 vocab_size=self.policy.shape.vocab_size,
             )
             mask = rows.action_mask[packed.rows].bool()
@@ -95,7 +96,7 @@ class PolicyStep:
         return [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]
 
     def _most_likely(self, chosen: list[int], _: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        group = parallel_state.get_tensor_model_parallel_group()
+        group = tensor_group()
         shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
         dist.all_gather(shards, logits.contiguous(), group=group)
         chosen.extend(torch.cat(shards, -1)[:, : self.policy.shape.vocab_size].argmax(-1).tolist())
@@ -113,14 +114,12 @@ class PolicyStep:
         sums = self._run(rows, partial(self._loss, rows, entropy_coefficient), forward_only=False)
         metrics = _global_means(sums, self.mesh)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or not torch.isfinite(torch.tensor([metrics["policy/loss"], grad_norm])).all():
-            raise FloatingPointError(
-                f"update refused: loss = {metrics['policy/loss']}, gradient norm = {grad_norm}; both must be finite. "
-                "Look at mismatch/* and dcpo/* of the last steps, or lower optimizer.learning_rate"
-            )
+        _require_finite("loss", metrics["policy/loss"], "the weights are as before")
+        result: Any = self.optimizer.step()
+        grad_norm = float(result[1])
+        _require_finite("gradient norm", grad_norm, "this update is in the weights: go back to the last checkpoint")
         self.schedule.step(increment=1)
-        return metrics | {"policy/grad_norm": float(grad_norm), "policy/learning_rate": float(learning_rate)}
+        return metrics | {"policy/grad_norm": grad_norm, "policy/learning_rate": float(learning_rate)}
 
     def _loss(
         self, rows: Rows, entropy_coefficient: float, packed: Packed, logits: Tensor
@@ -133,7 +132,7 @@ class PolicyStep:
             logits,
             packed.targets,
             temperatures=[],
-            tp_group=_tensor_group(),
+            tp_group=tensor_group(),
             vocab_size=self.policy.shape.vocab_size,
             entropy_grad=entropy_coefficient > 0,
             overwrite_logits=True,  # nothing else reads them: their gradient takes their place
@@ -259,9 +258,12 @@ def _schedule(optimizer: Any, o: Optimizer, total_updates: int) -> OptimizerPara
     )
 
 
-def _tensor_group() -> dist.ProcessGroup | None:
-    group = parallel_state.get_tensor_model_parallel_group()
-    return group if dist.get_world_size(group) > 1 else None
+def _require_finite(name: str, value: float, state: str) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} of an update must be finite, got {value}; {state}. "
+            "Look at mismatch/* and dcpo/* of the last steps, or lower optimizer.learning_rate"
+        )
 
 
 def _global_means(sums: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The trainer's live Megatron weights as vLLM's weight-transfer API wants them: names, shapes, then full tensors one at a time."""
+"""The live Megatron weights as vLLM's weight transfer wants them: names and shapes, then full tensors one by one."""
 
 from collections.abc import Iterator
 
