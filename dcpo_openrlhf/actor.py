@@ -72,6 +72,7 @@ class MegatronActorBase(BaseModelActor):
             deadline_s=recipe.weight_sync.deadline,
             engine_world_size=recipe.rollout.tensor_parallel,
             verify=recipe.weight_sync.verify,
+            port=recipe.weight_sync.port,
         )
 
     def token_statistics(self, rows: Rows, temperatures: list[float]) -> dict[str, torch.Tensor] | None:

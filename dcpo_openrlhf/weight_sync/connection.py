@@ -88,12 +88,14 @@ def connect(
     verify: bool = True,
     version: int = 0,
     host: str | None = None,
+    port: int | None = None,
 ) -> WeightSync:
     """The sync between this trainer rank and all `engines`; every rank calls it, with the same arguments but `rank`.
 
     engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of
-    shared_memory and gloo. host: address of trainer rank 0 that the engines can reach (default: what Ray uses). nccl
-    and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or takes too long.
+    shared_memory and gloo. host, port: where the engines reach trainer rank 0 over gloo or nccl (default: the address
+    Ray uses and a free port). nccl and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the
+    handshake fails or takes too long.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"weight_sync.transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
@@ -107,6 +109,7 @@ def connect(
             rank=rank,
             world_size=world_size,
             host=host or ray.util.get_node_ip_address(),
+            port=port,
             bucket_bytes=bucket_bytes,
             verify=verify,
             deadline_s=deadline_s,
@@ -122,7 +125,15 @@ def connect(
 
 
 def _init_info(
-    transport: str, *, rank: int, world_size: int, host: str, bucket_bytes: int, verify: bool, deadline_s: float
+    transport: str,
+    *,
+    rank: int,
+    world_size: int,
+    host: str,
+    port: int | None,
+    bucket_bytes: int,
+    verify: bool,
+    deadline_s: float,
 ) -> TrainerInitInfo:
     common = {"rank": rank, "bucket_bytes": bucket_bytes, "verify": verify, "deadline_s": deadline_s}
     if transport == "shared_memory":
@@ -132,11 +143,12 @@ def _init_info(
     if transport == "gloo":
         from dcpo_openrlhf.weight_sync.gloo import GlooTrainerInitInfo
 
-        return GlooTrainerInitInfo(host=host, world_size=world_size, **common)
+        return GlooTrainerInitInfo(host=host, port=port or 0, world_size=world_size, **common)
     if transport == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        return NCCLTrainerInitInfo(master_address=host, master_port=_free_port(), world_size=world_size, rank=rank)
+        port = port or _free_port()
+        return NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=world_size, rank=rank)
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
     return IPCTrainerInitInfo(rank=rank, packed=True)

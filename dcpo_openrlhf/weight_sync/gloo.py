@@ -29,6 +29,8 @@ class GlooTrainerInitInfo(BucketTrainerInitInfo):
     backend = "gloo"
     host: str = field(kw_only=True)
     """Address of trainer rank 0 that the engines can reach."""
+    port: int = field(kw_only=True, default=0)
+    """Of the store there; 0: a free one."""
     world_size: int = field(kw_only=True)
     """1 + engines * workers of one engine."""
 
@@ -66,7 +68,7 @@ class GlooTrainerEngine(BucketTrainerEngine):
     def rendezvous(self, buckets: list[Bucket]) -> None:
         info = self.init_info
         timeout = timedelta(seconds=info.deadline_s)
-        self._store = TCPStore(info.host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self._store = TCPStore(info.host, info.port, is_master=True, wait_for_workers=False, timeout=timeout)
         joined = self.client.post_init(
             {
                 "host": info.host,
