@@ -216,7 +216,7 @@ def test_announced_cluster_must_answer(violations: Check, taken_port: int, monke
 
 
 def test_run_folder_under_a_file(violations: Check, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / "file").touch(mode=0o755)  # an executable one: not for its permissions is it refused
     line = only(violations({"run.dir": tmp_path / "file" / "run"}))
     assert line.startswith(
         f"run.dir = {tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is not a folder that this user can"
