@@ -147,13 +147,18 @@ class Actor:
 
 
 def test_client_names_the_engine_that_fails_or_hangs():
-    client = RayWeightSyncClient([Actor.remote(), Actor.remote("hang"), Actor.remote("fail")], 60.0)
+    good, waiting = Actor.remote(), Actor.remote("hang")
+    actors = [good, Actor.remote("hang"), Actor.remote("fail")]
+    ray.get(
+        [actor.calls_so_far.remote() for actor in (*actors, waiting)]
+    )  # they are up: the deadlines below are of the calls alone
+    client = RayWeightSyncClient(actors, 60.0)
     client.begin(3)
     with pytest.raises(WeightSyncError, match=r"version 3 failed while start_weight_update: engine 2.*disk full"):
         client.start_weight_update()
-    client = RayWeightSyncClient([Actor.remote(), Actor.remote("hang")], 2.0)
+    client = RayWeightSyncClient([good, waiting], 10.0)
     client.begin(3)
-    with pytest.raises(WeightSyncError, match=r"more than 2 s while start_weight_update: engine 1 did not answer"):
+    with pytest.raises(WeightSyncError, match=r"more than 10 s while start_weight_update: engine 1 did not answer"):
         client.start_weight_update()
 
 
