@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M's logits are those of transformers, in fp32, at tensor parallel 1 and 3 (it has 9 heads)."""
+"""A real model: SmolLM2-135M's logits are those of transformers, in fp32, at tp 1 and 3 (it has 9 heads)."""
 
 from pathlib import Path
 
