@@ -1,6 +1,8 @@
 """Weights reach a real vLLM engine over gloo: a mixture of experts with an output layer of its own."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -125,48 +127,41 @@ def test_other_trainer_ranks_walk_the_source_and_send_nothing(folders):
     assert sync.version == 1
 
 
-@ray.remote(num_cpus=0)
-class Actor:
-    """Stands for an engine in the tests of the client's waiting."""
+def test_client_names_the_engine_that_fails_or_hangs():
+    class Engine:  # local, so that its process need not import this module
+        def ready(self):
+            return True
 
-    def __init__(self, behaviour="answer"):
-        self.behaviour = behaviour
-        self.calls = []
+        def start_weight_update(self):
+            return None
 
-    def start_weight_update(self):
-        if self.behaviour == "hang":
-            threading.Event().wait()
-        if self.behaviour == "fail":
+    class Hanging(Engine):
+        def start_weight_update(self):
+            time.sleep(3600)
+
+    class Failing(Engine):
+        def start_weight_update(self):
             raise OSError("disk full")
 
-    def init_weight_transfer_engine(self, request):
-        self.calls.append(request.init_info)
-
-    def calls_so_far(self):
-        return self.calls
-
-
-def test_client_names_the_engine_that_fails_or_hangs():
-    good, waiting = Actor.remote(), Actor.remote("hang")
-    actors = [good, Actor.remote("hang"), Actor.remote("fail")]
-    ray.get(
-        [actor.calls_so_far.remote() for actor in (*actors, waiting)]
-    )  # they are up: the deadlines below are of the calls alone
-    client = RayWeightSyncClient(actors, 60.0)
+    kinds = (Engine, Failing, Hanging, Hanging)
+    good, failing, *hanging = (ray.remote(num_cpus=0)(kind).remote() for kind in kinds)
+    ray.get([actor.ready.remote() for actor in (good, failing, *hanging)])  # the deadlines below are of the calls alone
+    client = RayWeightSyncClient([good, hanging[0], failing], 60.0)
     client.begin(3)
     with pytest.raises(WeightSyncError, match=r"version 3 failed while start_weight_update: engine 2.*disk full"):
         client.start_weight_update()
-    client = RayWeightSyncClient([good, waiting], 10.0)
+    client = RayWeightSyncClient([good, hanging[1]], 10.0)
     client.begin(3)
-    with pytest.raises(WeightSyncError, match=r"more than 10 s while start_weight_update: engine 1 did not answer"):
+    with pytest.raises(WeightSyncError, match="more than 10 s while start_weight_update: engine 1 did not answer"):
         client.start_weight_update()
 
 
 def test_client_gives_each_engine_its_own_ranks():
-    actors = [Actor.remote() for _ in range(3)]
-    client = RayWeightSyncClient(actors, 60.0, engine_world_size=2)
-    client.init_weight_transfer_engine({"rank_offset": 1})
-    assert [ray.get(actor.calls_so_far.remote()) for actor in actors] == [[{"rank_offset": n}] for n in (1, 3, 5)]
+    received = []
+    engine = SimpleNamespace(init_weight_transfer_engine=SimpleNamespace(remote=received.append))
+    client = RayWeightSyncClient([engine] * 3, 60.0, engine_world_size=2)  # type: ignore[list-item]
+    client.post_init({"rank_offset": 1})
+    assert [request.init_info for request in received] == [{"rank_offset": n} for n in (1, 3, 5)]
 
 
 def test_an_unknown_transport_is_refused(folders):
