@@ -8,7 +8,6 @@ import torch
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies
-from dcpo_openrlhf.monitor import MetricsLog, progress_line, rollout_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.trainer import make_controller
 
@@ -122,23 +121,3 @@ def test_a_temperature_between_the_two_costs_a_second_forward() -> None:
 def test_responses_that_went_missing_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"whole updates of 4 responses.*got 7"):
         make_maker().make_experience_batch(samples(REWARDS[:7]))
-
-
-def test_metrics_of_a_step(tmp_path: Any) -> None:
-    maker = make_maker()
-    metrics = rollout_metrics(maker.make_experience_batch(samples(REWARDS)))
-    assert metrics["rollout/reward_mean"] == 0.5 and metrics["rollout/truncated_fraction"] == 0.125
-    assert metrics["rollout/length_mean"] == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 1 + 2) / 8)
-    assert metrics["mismatch/prob_diff_mean"] == pytest.approx(0.0, abs=1e-6)  # the fake trainer agrees with the engine
-    log = MetricsLog(tmp_path, tensorboard=False)
-    log.write(1, metrics)
-    log.close()
-    assert '"step": 1' in (tmp_path / "metrics.jsonl").read_text()
-    line = {
-        "entropy/target": 5.0,
-        "dcpo/temperature": 1.2,
-        "dcpo/alpha": 2.0,
-        "policy/grad_norm": 1.0,
-        "time/step": 9.0,
-    }
-    assert "reward 0.50" in progress_line(1, 2, metrics | line) and "target 5" in progress_line(1, 2, metrics | line)
