@@ -1,4 +1,4 @@
-"""A real vLLM engine under Ray: what a rollout is, weights over shared memory, and no process that outlives its actor."""
+"""A real vLLM engine under Ray: what a rollout is, weights over shared memory, no process that outlives its actor."""
 
 import os
 import signal
