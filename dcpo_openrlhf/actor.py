@@ -92,6 +92,8 @@ class MegatronActorBase(BaseModelActor):
         """One optimizer step for each appended update; the mean of their metrics, the same on every rank."""
         updates, self._updates = self._updates, []
         metrics = [self.step.update(rows, entropy_coefficient=self._entropy_coefficient) for rows in updates]
+        if self.mesh.device.type == "cpu":
+            self.empty_cache()
         return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
 
     def broadcast_to_vllm(self) -> int:
@@ -125,8 +127,13 @@ class MegatronActorBase(BaseModelActor):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def empty_cache(self) -> None:
+        """Give freed memory back to the device or, on cpu, to the system."""
         if self.mesh.device.type == "cuda":
             super().empty_cache()
+        else:
+            from dcpo_openrlhf import cpu
+
+            cpu.return_freed_memory()
 
 
 MegatronActor = ray.remote(num_gpus=1)(MegatronActorBase)

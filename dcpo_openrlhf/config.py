@@ -299,6 +299,11 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
             f"must divide evenly over {data} data-parallel ranks; change prompts_per_update or the mesh",
         ),
         (
+            r.evaluation.temperature > 0 or r.evaluation.samples == 1,
+            f"evaluation.samples = {r.evaluation.samples} at evaluation.temperature = 0 repeat one answer; "
+            "use samples = 1 or a temperature above 0",
+        ),
+        (
             not p.sequence_parallel or p.tensor > 1,
             f"parallel.sequence_parallel needs parallel.tensor > 1, got {p.tensor}; turn it off or raise tensor",
         ),

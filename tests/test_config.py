@@ -177,6 +177,10 @@ RULES = [
             "change prompts_per",
         ],
     ),
+    (
+        ["evaluation.temperature=0", "evaluation.samples=4"],
+        ["evaluation.samples = 4 at evaluation.temperature = 0", "use samples = 1"],
+    ),
     (["parallel.sequence_parallel=true"], ["sequence_parallel needs parallel.tensor > 1, got 1", "turn it off"]),
     (["task.kind=jsonl"], ["task.kind = jsonl needs task.train", "set task.kind=arithmetic"]),
     (["weight_sync.transport=gloo"], ["weight_sync.transport = gloo is for run.device = cpu", "use nccl or ipc"]),
