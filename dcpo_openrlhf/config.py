@@ -74,6 +74,8 @@ class Task(Section):
 class Reward(Section):
     extractor: Literal["boxed", "last_integer"] = "boxed"
     """Where the answer stands in a response: the last \\boxed{}, or the last integer."""
+    require_end: bool = False
+    """A response cut off at max_new_tokens earns 0, whatever it says."""
     workers: Positive = 4
     """Grader processes."""
     deadline: Annotated[float, Field(gt=0)] = 10.0

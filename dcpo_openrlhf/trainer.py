@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dcpo_openrlhf.controller import EntropyController
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.monitor import MetricsLog, progress_line, rollout_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
-from dcpo_openrlhf.rewards import GraderPool
+from dcpo_openrlhf.rewards import Grade, GraderPool
 from dcpo_openrlhf.rollout import DCPOSamplesGenerator
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)
@@ -85,12 +86,9 @@ class DCPOTrainer(BasePPOTrainer):
         prompts = self.prompts.take(t.prompts_per_step)
         samples = self._generate(prompts, step=step, n_samples=t.group_size, temperature=r.temperature, top_p=r.top_p)
         self._require_current_weights(samples, step)
-        texts = self._responses(samples)
-        answers = [p.problem.answer for p in prompts for _ in range(t.group_size)]
-        grades = self.grader.grade(texts, answers)
+        texts, grades = self._grade(samples)
         for sample, grade in zip(samples, grades, strict=True):
-            sample.rewards = torch.tensor([grade.reward])
-            sample.info["reward"] = torch.tensor([grade.reward])
+            sample.rewards = sample.info["reward"] = torch.tensor([grade.reward])
         self._keep_samples(step, prompts, texts, grades)
         return samples
 
@@ -142,8 +140,7 @@ class DCPOTrainer(BasePPOTrainer):
             temperature=e.temperature,
             top_p=e.top_p,
         )
-        answers = [p.problem.answer for p in self.heldout for _ in range(e.samples)]
-        grades = self.grader.grade(self._responses(samples), answers)
+        _, grades = self._grade(samples)
         accuracy = sum(g.reward for g in grades) / len(grades)
         logger.info(
             "held-out accuracy after step %d: %.3f (%d problems x %d)",
@@ -208,9 +205,15 @@ class DCPOTrainer(BasePPOTrainer):
             **sampling,
         )
 
-    def _responses(self, samples: list[Any]) -> list[str]:
+    def _grade(self, samples: list[Any]) -> tuple[list[str], list[Grade]]:
+        """The text of each response and what it earns."""
         tokens = [s.sequences[0, 1:][s.action_mask[0].bool()].tolist() for s in samples]
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        grades = self.grader.grade(texts, [s.labels[0] for s in samples])
+        if self.recipe.reward.require_end:
+            cut_off = [bool(s.truncated[0]) for s in samples]
+            grades = [replace(g, reward=0.0) if cut else g for g, cut in zip(grades, cut_off, strict=True)]
+        return texts, grades
 
     def _require_current_weights(self, samples: list[Any], step: int) -> None:
         made_with = {int(s.info["weight_version"]) for s in samples}
