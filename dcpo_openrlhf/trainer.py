@@ -140,7 +140,7 @@ class DCPOTrainer(BasePPOTrainer):
             temperature=e.temperature,
             top_p=e.top_p,
         )
-        _, grades = self._grade(samples)
+        grades = self._grade(samples)[1]
         accuracy = sum(g.reward for g in grades) / len(grades)
         logger.info(
             "held-out accuracy after step %d: %.3f (%d problems x %d)",
