@@ -31,11 +31,11 @@ def experience(
 
 def test_metrics_are_means_over_the_tokens_of_all_responses() -> None:
     batch = [
-        experience([[0.5, 0.25], [0.5, 0.0]], [[0.5, 0.5], [0.25, 0.0]], [2, 1], [1.0, 0.0]),
+        experience([[0.5, 0.25], [0.5, 0.0]], [[0.5, 0.75], [0.25, 0.0]], [2, 1], [1.0, 0.0]),
         experience([[0.25, 0.0, 0.0]], [[0.25, 0.0, 0.0]], [1], [1.0]),
     ]
     m = rollout_metrics(batch)
-    trainer, engine = [0.5, 0.25, 0.5, 0.25], [0.5, 0.5, 0.25, 0.25]  # the four tokens inside the masks
+    trainer, engine = [0.5, 0.25, 0.5, 0.25], [0.5, 0.75, 0.25, 0.25]  # the four tokens inside the masks
     sampled = -sum(map(math.log, trainer)) / 4
     assert m == pytest.approx(
         {
@@ -48,7 +48,7 @@ def test_metrics_are_means_over_the_tokens_of_all_responses() -> None:
             "entropy/sampled": sampled,
             "dcpo/target_ratio_mean": 0.75,
             "dcpo/target_ratio_max": 1.0,
-            "mismatch/prob_diff_mean": (0.25 + 0.25) / 4,
+            "mismatch/prob_diff_mean": (0.5 + 0.25) / 4,
             "mismatch/kl": sum(math.log(e / t) for t, e in zip(trainer, engine, strict=True)) / 4,
         },
         rel=1e-5,
