@@ -114,10 +114,6 @@ class MegatronActorBase(BaseModelActor):
                 pass
         return output
 
-    def weight_checksums(self) -> dict[str, int]:
-        """Name -> checksum of what the last sync sent (rank 0)."""
-        return self.weight_sync.checksums
-
     def peak_memory_gib(self) -> float:
         """Peak resident memory of this process, or of its device on cuda [GiB]."""
         if self.mesh.device.type == "cuda":
