@@ -1,6 +1,5 @@
 """From responses to advantages: one forward of pi_old, the controller's T and alpha, target ratio, mixed advantage."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +53,6 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.controller = controller
         self.method = objectives.METHODS[self.recipe.method.name]
         self.decision: ControllerDecision | None = None
-        self.token_stats_seconds = 0.0
 
         self.temperatures = [self.recipe.method.temperature_low, self.recipe.method.temperature_high]
         """Every T that the switching rule may choose: both come out of the one forward, before the entropy is known."""
@@ -72,12 +70,10 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
     @torch.no_grad()
     def make_experience(self, samples_list: list[DCPOExperience]) -> list[DCPOExperience]:
         """log pi_old, log pi_old^T for every T, and exact entropy, from one forward of the policy over each row."""
-        begin = time.monotonic()
         for experience, stats in zip(samples_list, self._statistics(samples_list, self.temperatures), strict=True):
             experience.action_log_probs = stats["logp"]
             experience.entropy = stats["entropy"]
             experience.tempered_log_probs = stats["tempered_logp"]
-        self.token_stats_seconds = time.monotonic() - begin
         return samples_list
 
     def _statistics(self, experiences: list[DCPOExperience], temperatures: list[float]) -> list[dict[str, Tensor]]:
