@@ -44,6 +44,7 @@ CLUSTER_ENV = {
     "RAY_agent_register_timeout_ms": "300000",
 }
 OBJECT_STORE_BYTES = 10**9
+START_ATTEMPTS = 3
 
 
 class DemoError(RuntimeError):
@@ -81,7 +82,38 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def local_cluster(*, cpus: int, gpus: int, startup_timeout: float = 300.0) -> Iterator[Cluster]:
-    """A Ray head on free ports whose job server answers; every process of it is gone afterwards."""
+    """A Ray head on free ports whose job server answers; every process of it is gone afterwards.
+
+    One of Ray's many servers can fail while it starts, a port taken between our look and its use among the reasons, and
+    then the head ends: it is started again, START_ATTEMPTS times in all, on other ports.
+    """
+    adopt_orphans()
+    strangers = frozenset(psutil.Process().children(recursive=True))
+    for attempt in range(1, START_ATTEMPTS + 1):
+        cluster = start_head(cpus, gpus, strangers)
+        try:
+            wait_until_ready(cluster, startup_timeout)
+            break
+        except DemoError as error:
+            if cluster.head.poll() is None or attempt == START_ATTEMPTS:
+                stop_cluster(cluster)
+                raise
+            print(f"Ray's head ended while starting, attempt {attempt} of {START_ATTEMPTS}: {error}", file=sys.stderr)
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            stop_cluster(cluster)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        except BaseException:
+            stop_cluster(cluster)
+            raise
+    try:
+        yield cluster
+    finally:
+        stop_cluster(cluster)
+
+
+def start_head(cpus: int, gpus: int, strangers: frozenset[psutil.Process]) -> Cluster:
+    """`ray start --head --block` on free ports, in a temporary folder and a session of its own."""
     # Under /tmp: the path of a unix socket inside may have at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="dcpo-ray-", dir="/tmp"))
     port, dashboard, agent, client = free_ports(4)
@@ -93,18 +125,11 @@ def local_cluster(*, cpus: int, gpus: int, startup_timeout: float = 300.0) -> It
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = CLUSTER_ENV | os.environ | {"PYTHONPATH": path}
     env.pop("RAY_ADDRESS", None)
-    adopt_orphans()
-    strangers = frozenset(psutil.Process().children(recursive=True))
     with (folder / "start.log").open("w") as log:
         head = subprocess.Popen(
             command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    cluster = Cluster(f"http://127.0.0.1:{dashboard}", folder, head, strangers)
-    try:
-        wait_until_ready(cluster, startup_timeout)
-        yield cluster
-    finally:
-        stop_cluster(cluster)
+    return Cluster(f"http://127.0.0.1:{dashboard}", folder, head, strangers)
 
 
 def wait_until_ready(cluster: Cluster, timeout: float) -> None:

@@ -88,6 +88,30 @@ def test_log_and_status_come_through(tmp_path):
     assert not folder_of(output).exists()
 
 
+def test_a_head_that_ends_while_starting_is_started_again_and_signals_still_work(monkeypatch, tmp_path):
+    """Stand-ins for the head: each ends at once, so the last attempt's error comes through."""
+    started = []
+
+    def start_head(cpus, gpus, strangers):
+        folder = tmp_path / str(len(started))
+        folder.mkdir()
+        (folder / "start.log").write_text("a port was taken")
+        head = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], start_new_session=True)
+        head.wait()
+        started.append(signal.getsignal(signal.SIGTERM))
+        return demo.Cluster("http://127.0.0.1:1", folder, head, strangers)
+
+    monkeypatch.setattr(demo, "start_head", start_head)
+    with (
+        pytest.raises(demo.DemoError, match=r"(?s)ended with status 1.*a port was taken"),
+        demo.signals_as_exit(),
+        demo.local_cluster(cpus=1, gpus=1),
+    ):
+        pass
+    assert len(started) == demo.START_ATTEMPTS and len(set(started)) == 1
+    assert started[0] is not signal.SIG_IGN
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_unwind_the_stack_once(number):
     with pytest.raises(SystemExit) as ended, demo.signals_as_exit():
