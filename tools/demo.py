@@ -173,7 +173,7 @@ def members(cluster: Cluster) -> list[psutil.Process]:
 
 
 class PeakMemory(threading.Thread):
-    """Highest sum over the cluster's processes of their proportional set size (shared pages once), every 2 s."""
+    """Highest sum over the cluster's processes of their proportional set size (shared pages once), every 15 s."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -181,7 +181,7 @@ class PeakMemory(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
-        while not self.ended.wait(2.0):
+        while not self.ended.wait(15.0):  # the kernel walks every page for it: not more often
             total = 0
             for process in members(self.cluster):
                 with contextlib.suppress(psutil.Error):
