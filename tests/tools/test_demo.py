@@ -177,6 +177,7 @@ def test_cluster_that_cannot_start_says_why(monkeypatch):
     folder = Path(tempfile.mkdtemp(prefix="dcpo-ray-", dir="/tmp"))
     monkeypatch.setattr(demo.tempfile, "mkdtemp", lambda **where: str(folder))
     monkeypatch.setattr(demo, "free_ports", lambda count: ports)
+    monkeypatch.setattr(demo, "START_ATTEMPTS", 1)
     with socket.socket() as taken:
         taken.bind(("", ports[0]))
         taken.listen()
