@@ -55,7 +55,10 @@ class _NoStream:
 
     def _nothing(self, *_: Any, **__: Any) -> None: ...
 
-    wait_stream = wait_event = synchronize = record = wait = record_event = _nothing
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def record_event(self, *_: Any) -> "_NoStream":
+        return self
 
     def query(self) -> bool:
         return True
@@ -82,8 +85,24 @@ def install() -> None:
     torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
+    _patch_megatron()
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # activation recomputation keeps the generator's state in a way of its own; the CPU generator's is kept beside it
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # type: ignore[assignment]
+    random._set_cuda_rng_state = lambda *_, **__: None
+    # without Transformer Engine the name is missing, where the router asks whether it is None
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # type: ignore[attr-defined]
+    # counts of tokens become numbers for the collective on their way from the GPU: here they take no way
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    )
 
 
 def return_freed_memory() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 # A server process that has imported torch and started no thread is forked for every rank:
 # tens of milliseconds a rank instead of the seconds that a fresh interpreter takes.
@@ -80,6 +80,24 @@ def _stop(processes: list[Any]) -> None:
             process.join()
 
 
+_world: dict[str, Any] = {}
+
+
+def renew_process_group() -> None:
+    """In a rank: end every process group, whose threads would go on waiting, and begin anew with the one of all."""
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another rank still reads from it
+        dist.destroy_process_group()
+    _world["generation"] += 1
+    dist.init_process_group(
+        "gloo",
+        store=PrefixStore(str(_world["generation"]), _world["store"]),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=_world["timeout"],
+    )
+
+
 def _rank_main(
     rank: int,
     world_size: int,
@@ -95,9 +113,12 @@ def _rank_main(
     os.environ.update(environment | ranks | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
     try:
-        limit = timedelta(seconds=timeout)
-        store = TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        _world.update(
+            store=TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout)),
+            timeout=timedelta(seconds=timeout),
+            generation=0,
+        )
+        renew_process_group()
         fn, args = pickle.loads(payload)
         report = pickle.dumps((True, fn(rank, world_size, *args)))
         if dist.is_initialized():  # fn may have taken it down itself

@@ -20,19 +20,21 @@ class Mesh:
     tensor_rank: int
     pipeline_rank: int
     context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
     tensor_size: int
+    expert_rank: int
+    expert_size: int
+    expert_tensor_rank: int
+    """Place within one expert: an expert is cut like the dense layers where expert = 1, else whole on its rank."""
+    expert_tensor_size: int
     device: torch.device
 
     @property
     def is_data_leader(self) -> bool:
         """One rank of each data-parallel replica speaks for it: first tensor and context rank of the last stage."""
-        return (
-            self.tensor_rank == 0
-            and self.context_rank == 0
-            and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        )
+        return self.tensor_rank == 0 and self.context_rank == 0 and parallel_state.is_pipeline_last_stage()
 
 
 def init_mesh(
@@ -48,6 +50,12 @@ def init_mesh(
             f"world size {world_size} != tensor {parallel.tensor} * pipeline {parallel.pipeline} "
             f"* context {parallel.context} * data; lower one of them"
         )
+    expert_split = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if world_size % expert_split:
+        raise ValueError(
+            f"expert * pipeline = {parallel.expert} * {parallel.pipeline} (experts cut in {parallel.expert_tensor}) "
+            f"must divide the world size {world_size}; lower one of them"
+        )
     backend = "nccl" if device == "cuda" else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout))
@@ -55,7 +63,9 @@ def init_mesh(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         # gloo twins of the data-parallel groups: nccl runs that save checkpoints need them
         create_gloo_process_groups=True,
     )
@@ -70,9 +80,14 @@ def init_mesh(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_size=parallel.tensor,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel.expert,
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
+        expert_tensor_size=parallel.expert_tensor,
         device=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"),
     )
 

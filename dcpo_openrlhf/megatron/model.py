@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,28 +21,48 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dcpo_openrlhf.config import Model, Parallel, Train
 from dcpo_openrlhf.megatron import names
 from dcpo_openrlhf.megatron.layers import PackedAttention, RMSNorm
 from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Held(NamedTuple):
+    """A parameter of the whole model: which pipeline stage and chunk holds it, under which name, of what shape."""
+
+    stage: int
+    chunk: int
+    name: str
+    first_layer: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A bare GPTModel of this rank with what is needed to name and cut its weights."""
+    """This rank's bare GPTModels (several where pipeline stages hold several chunks) and how to name their weights."""
 
-    model: GPTModel
+    chunks: list[GPTModel]
     config: TransformerConfig
     shape: names.Shape
     tied: bool
-    first_layer: int
+    mesh: Mesh
+    held: list[Held]
+    """Every parameter of every stage, first layer first; experts stand once, for all expert ranks."""
 
     def entries(self) -> Iterator[tuple[names.Entry, torch.nn.Parameter]]:
-        return names.entries(self.model, first_layer=self.first_layer)
+        """Each parameter of this rank with its entry in the table of names."""
+        for chunk in self.chunks:
+            first_layer = get_transformer_layer_offset(self.config, chunk.vp_stage)
+            for name, parameter in chunk.named_parameters():
+                yield self.entry(name, first_layer, self.mesh.expert_rank), parameter
+
+    def entry(self, name: str, first_layer: int, expert_rank: int) -> names.Entry:
+        experts = (self.config.num_moe_experts or 0) // self.mesh.expert_size
+        return names.entry_of(name, first_layer=first_layer, first_expert=expert_rank * experts)
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
@@ -56,9 +76,9 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
 
     Raises ValueError for another architecture or a sliding window.
     """
-    if hf.model_type not in ARCHITECTURES:
+    if hf.model_type not in names.ARCHITECTURES:
         raise ValueError(
-            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; "
+            f"model_type = {hf.model_type!r} is not one of {', '.join(names.ARCHITECTURES)}; "
             "add its names to megatron/names.py"
         )
     if getattr(hf, "use_sliding_window", False):
@@ -76,8 +96,9 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
         }
-    on_gpu = device == "cuda"
-    return TransformerConfig(
+    rope = hf.rope_parameters if _rope_type(hf) == "yarn" else {}
+    on_gpu, interleaved = device == "cuda", parallel.virtual_pipeline > 1
+    config = TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         num_attention_heads=hf.num_attention_heads,
@@ -95,19 +116,24 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bf16",
         autocast_dtype=dtype,
-        variable_seq_lengths=True,
+        variable_seq_lengths=not interleaved,
+        # two stages send each other both activations and gradients: megatron-core keeps them apart only so
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not interleaved,  # gloo may still be sending them
         # the only dispatcher that allows variable lengths; megatron-core checks it for dense models too
         moe_token_dispatcher_type="alltoall",
         # the loss function returns a sum and a count; finalize_model_grads divides once, by the global count
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         recompute_granularity=None if train.recompute == "none" else train.recompute,
@@ -121,6 +147,11 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         persist_layer_norm=False,
         **moe,
     )
+    if rope:  # megatron-core's attention reads these three; queries and keys are multiplied by what they give
+        config.yarn_rotary_scaling_factor = rope["factor"]  # type: ignore[attr-defined]
+        config.yarn_mscale = rope.get("mscale")  # type: ignore[attr-defined]
+        config.yarn_mscale_all_dim = rope.get("mscale_all_dim")  # type: ignore[attr-defined]
+    return config
 
 
 def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) -> Policy:
@@ -134,31 +165,62 @@ def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) 
         vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size(hf.vocab_size, multiple=model.vocab_multiple, tensor=parallel.tensor),
     )
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=_layer_spec(config, model.layers, mesh.device.type),
-        vocab_size=shape.padded_vocab_size,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=_rope_theta(hf),  # type: ignore[arg-type]  # annotated int, used as float
-    ).to(mesh.device)
-    policy = Policy(gpt, config, shape, hf.tie_word_embeddings, get_transformer_layer_offset(config))
-    load_weights(policy, HFWeights(model.path), mesh=mesh)
+    chunks = [_build_chunk(hf, config, shape, model.layers, mesh, stage) for stage in range(parallel.virtual_pipeline)]
+    policy = Policy(chunks, config, shape, hf.tie_word_embeddings, mesh, _all_held(chunks, config))
+    load_weights(policy, HFWeights(model.path))
     return policy
 
 
+def _build_chunk(
+    hf: Any, config: TransformerConfig, shape: names.Shape, layers: str, mesh: Mesh, chunk: int
+) -> GPTModel:
+    virtual = chunk if config.virtual_pipeline_model_parallel_size else None
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, layers, mesh.device.type, virtual),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=hf.rope_parameters["rope_theta"],
+        vp_stage=virtual,
+    ).to(mesh.device)
+    if (kind := _rope_type(hf)) != "default":
+        # transformers' own: megatron-core's llama3 has constants of one model, its yarn another attention factor
+        gpt.rotary_pos_emb.inv_freq = ROPE_INIT_FUNCTIONS[kind](hf, mesh.device)[0]
+    for parameter in gpt.parameters():  # routers are made in fp32 whatever params_dtype says
+        parameter.data = parameter.data.to(config.params_dtype)
+    return gpt
+
+
+def _all_held(chunks: list[GPTModel], config: TransformerConfig) -> list[Held]:
+    """What every pipeline stage holds, in the order of the layers; a collective of the stages."""
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    own = [
+        Held(dist.get_rank(group), i, name, get_transformer_layer_offset(config, chunk.vp_stage), tuple(weight.shape))
+        for i, chunk in enumerate(chunks)
+        for name, weight in chunk.named_parameters()
+    ]
+    stages: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(stages, own, group=group)
+    return sorted((held for stage in stages for held in stage), key=lambda held: (held.chunk, held.stage))
+
+
 @torch.no_grad()
-def load_weights(policy: Policy, weights: "HFWeights", *, mesh: Mesh) -> None:
+def load_weights(policy: Policy, weights: "HFWeights") -> None:
     """Copy each parameter's shard of the Hugging Face tensors in place."""
+    mesh = policy.mesh
     for entry, parameter in policy.entries():
         tensors = [
             weights[name] for name in (_TIED_HEAD if policy.tied and entry.hf_names == _HEAD else entry.hf_names)
         ]
-        shard = entry.cut.shard(tensors, mesh.tensor_rank, mesh.tensor_size, policy.shape)
+        rank, size = mesh.tensor_rank, mesh.tensor_size
+        if entry.expert:
+            rank, size = mesh.expert_tensor_rank, mesh.expert_tensor_size
+        shard = entry.cut.shard(tensors, rank, size, policy.shape)
         if shard.shape != parameter.shape:
             raise ValueError(
                 f"{', '.join(entry.hf_names)}: this rank's shard has shape {tuple(shard.shape)}, "
@@ -201,16 +263,56 @@ class HFWeights:
 
 @torch.no_grad()
 def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors of the live model, one at a time; every tensor-parallel rank iterates in step."""
-    group: Any = tensor_group()
+    """Full Hugging Face tensors of the live model, one at a time, on every rank; all ranks iterate in step."""
+    stages: Any = parallel_state.get_pipeline_model_parallel_group()
+    experts: Any = parallel_state.get_expert_model_parallel_group()
+    stage = dist.get_rank(stages)
+    own = [dict(chunk.named_parameters()) for chunk in policy.chunks]
+    for held, entries in _exported(policy):
+        if held.stage == stage:
+            local = own[held.chunk][held.name].detach().contiguous()
+        else:
+            local = torch.empty(held.shape, dtype=policy.config.params_dtype, device=policy.mesh.device)
+        if dist.get_world_size(stages) > 1:
+            dist.broadcast(local, dist.get_global_rank(stages, held.stage), group=stages)
+        expert, cut = entries[0].expert, entries[0].cut
+        group: Any = parallel_state.get_expert_tensor_parallel_group() if expert else tensor_group()
+        shards = [local] if cut is names.REPLICATED else _all_gather(local, group)
+        merged = cut.merge(shards, policy.shape)
+        for names_of_rank, tensors in zip(
+            (entry.hf_names for entry in entries),
+            zip(*(_all_gather(t, experts) for t in merged), strict=True) if expert else [merged],
+            strict=True,
+        ):
+            yield from zip(names_of_rank, tensors, strict=True)
+
+
+def hf_shapes(policy: Policy) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and full shapes of `hf_tensors` in its order, without any communication."""
+    mesh = policy.mesh
+    for held, entries in _exported(policy):
+        size = mesh.expert_tensor_size if entries[0].expert else mesh.tensor_size
+        merged = entries[0].cut.merge([torch.empty(held.shape, device="meta")] * size, policy.shape)
+        for entry in entries:
+            yield from zip(entry.hf_names, (tuple(tensor.shape) for tensor in merged), strict=True)
+
+
+def _exported(policy: Policy) -> Iterator[tuple[Held, list[names.Entry]]]:
+    """Every parameter that is in the Hugging Face folder; for an expert the entries of all expert ranks."""
+    for held in policy.held:
+        entries = [policy.entry(held.name, held.first_layer, rank) for rank in range(policy.mesh.expert_size)]
+        if policy.tied and entries[0].hf_names == _HEAD:
+            continue  # the last stage's copy of the embedding
+        yield held, entries if entries[0].expert else entries[:1]
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     size = dist.get_world_size(group)
-    for entry, parameter in policy.entries():
-        local = parameter.detach().contiguous()
-        shards = [local]
-        if size > 1 and entry.cut is not names.REPLICATED:
-            shards = [torch.empty_like(local) for _ in range(size)]
-            dist.all_gather(shards, local, group=group)
-        yield from zip(entry.hf_names, entry.cut.merge(shards, policy.shape), strict=True)
+    if size == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
 
 
 _HEAD = ("lm_head.weight",)
@@ -221,14 +323,15 @@ def _head_dim(hf: Any) -> int:
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
-def _rope_theta(hf: Any) -> float:
-    rope = hf.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type = {rope['rope_type']!r} is not supported yet, only 'default'")
-    return rope["rope_theta"]
+def _rope_type(hf: Any) -> str:
+    """Raises ValueError for a kind that trainer and engine would not compute alike."""
+    kind = hf.rope_parameters.get("rope_type", "default")
+    if kind not in names.ROPE_TYPES:
+        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(names.ROPE_TYPES)}; change it in config.json")
+    return kind
 
 
-def _layer_spec(config: TransformerConfig, layers: str, device: str) -> Any:
+def _layer_spec(config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
     """Layers for GPTModel: Transformer Engine's, or megatron-core's local ones with our attention and norm."""
     if layers == "auto":
         layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
@@ -245,7 +348,7 @@ def _layer_spec(config: TransformerConfig, layers: str, device: str) -> Any:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm  # a class, where megatron-core's annotation says module or spec
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
 def _has_transformer_engine() -> bool:

@@ -4,11 +4,16 @@ Import, sync and export read it.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""Values of model_type in config.json whose tensors the table names."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that trainer and engine compute alike: vLLM's dynamic scales short sequences too, transformers' does not."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Entry:
 
     hf_names: tuple[str, ...]
     cut: Cut
+    expert: bool
+    """One of a layer's experts: cut over expert-tensor ranks, and another one on every expert rank."""
 
 
 def _pattern(name: str) -> re.Pattern[str]:
@@ -133,13 +140,5 @@ def entry_of(name: str, *, first_layer: int = 0, first_expert: int = 0) -> Entry
                 "layer": int(found.get("layer") or 0) + first_layer,
                 "expert": int(found.get("expert") or 0) + first_expert,
             }
-            return Entry(tuple(hf.format(**numbers) for hf in hf_names), cut)
+            return Entry(tuple(hf.format(**numbers) for hf in hf_names), cut, "{expert}" in key)
     raise KeyError(f"Megatron parameter {name!r} is not in names.TABLE; add its row there")
-
-
-def entries(
-    model: torch.nn.Module, *, first_layer: int = 0, first_expert: int = 0
-) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
-    """Each parameter of a bare GPTModel with its entry, in the model's own order."""
-    for name, parameter in model.named_parameters():
-        yield entry_of(name, first_layer=first_layer, first_expert=first_expert), parameter

@@ -7,37 +7,57 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.config import Loss, Optimizer
-from dcpo_openrlhf.megatron.batch import Packed, Rows, micro_batches
+from dcpo_openrlhf.megatron.batch import Layout, Packed, Rows, micro_batches
 from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.megatron.model import Policy
 from dcpo_openrlhf.megatron.token_stats import token_stats
+
+_NOTHING = torch.zeros(()), torch.zeros((), dtype=torch.int), {}
+"""What a pass without a loss returns: loss sum, count, sums to log."""
 
 
 class PolicyStep:
     """The model with megatron-core's DDP, distributed optimizer and learning-rate schedule, and two passes over it."""
 
     def __init__(
-        self, policy: Policy, mesh: Mesh, *, optimizer: Optimizer, loss: Loss, micro_batch_size: int, total_updates: int
+        self,
+        policy: Policy,
+        *,
+        optimizer: Optimizer,
+        loss: Loss,
+        micro_batch_size: int,
+        micro_batch_tokens: int | None = None,
+        total_updates: int,
     ) -> None:
-        self.policy, self.mesh, self.loss = policy, mesh, loss
-        self.micro_batch_size = micro_batch_size
+        self.policy, self.mesh, self.loss = policy, policy.mesh, loss
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
+        self.layout = Layout(
+            context_rank=self.mesh.context_rank,
+            context_size=self.mesh.context_size,
+            sequence_split=self.mesh.tensor_size if policy.config.sequence_parallel else 1,
+            equal=not policy.config.variable_seq_lengths,
+        )
         self._selected: Tensor | None = None
-        if policy.model.post_process and not policy.config.sequence_parallel:
-            policy.model.output_layer.register_forward_pre_hook(self._keep_action_positions)
-        self.model = _distributed(policy)
-        self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, bf16=policy.config.bf16), [self.model])
+        if (last := policy.chunks[-1]).post_process:
+            # the hook gathers the sequence itself, so that prompts need no logits under sequence parallelism either
+            last.output_layer.sequence_parallel = False
+            last.output_layer.register_forward_pre_hook(self._keep_action_positions)
+        self.models: list[Any] = _distributed(policy)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(optimizer, bf16=policy.config.bf16), self.models)
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # torch's Adam, where no other is installed: one pass over memory for eight
         self.schedule = _schedule(self.optimizer, optimizer, total_updates)
         policy.config.finalize_model_grads_func = finalize_model_grads
         policy.config.grad_scale_func = self.optimizer.scale_loss
@@ -45,7 +65,8 @@ class PolicyStep:
     def token_statistics(self, rows: Rows, *, temperatures: list[float]) -> dict[str, Tensor]:
         """{"logp", "entropy"} [batch, time-1] and "tempered_logp" [batch, time-1, temperatures] of the rows.
 
-        fp32, 0 outside the mask, from one forward of the policy. Ranks before the last pipeline stage get zeros.
+        fp32, 0 outside the mask, from one forward of the policy, on every rank of the last pipeline stage; the stages
+        before it get zeros.
         """
         batch, time = rows.action_mask.shape
         out = {
@@ -57,50 +78,62 @@ class PolicyStep:
         def collect(packed: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             stats = token_stats(
                 logits,
-                packed.targets,
+                packed.targets.to(logits.device),
                 temperatures=temperatures,
                 tp_group=tensor_group(),
                 vocab_size=self.policy.shape.vocab_size,
             )
-            mask = rows.action_mask[packed.rows].bool()
             for name, values in out.items():
-                values[packed.rows][mask] = getattr(stats, name).float().cpu()
-            return logits.new_zeros(()), torch.zeros((), dtype=torch.int), {}
+                values.flatten(0, 1)[packed.actions] = getattr(stats, name).float().cpu()
+            return _NOTHING
 
-        self.model.eval()
-        with torch.no_grad():
-            self._run(rows, collect, forward_only=True)
-        self.model.train()
-        return out
+        self._forward_only(rows, collect)
+        return {name: self._over_context(values) for name, values in out.items()}
+
+    def _over_context(self, values: Tensor) -> Tensor:
+        """The sum over context ranks, of which each has set its own tokens."""
+        if self.mesh.context_size == 1:
+            return values
+        total = values.to(self.mesh.device)
+        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+        return total.cpu()
 
     def greedy(self, prompts: list[list[int]], *, max_new_tokens: int, eos: int) -> list[list[int]]:
         """The most likely continuation of each prompt, end token included; one forward a token, for checks alone."""
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            raise NotImplementedError("greedy() needs pipeline = 1; check the exported model instead")
         sequences, done = [list(p) for p in prompts], [False] * len(prompts)
-        self.model.eval()
         for _ in range(max_new_tokens):
             longest = max(map(len, sequences))
             tokens = torch.tensor([s + [eos] * (longest + 1 - len(s)) for s in sequences])
             ends = torch.tensor([len(s) for s in sequences])[:, None]
             columns = torch.arange(longest + 1)[None]
             rows = Rows(tokens, columns < ends + 1, (columns == ends)[:, 1:])
-            chosen: list[int] = []
-            with torch.no_grad():
-                self._run(rows, partial(self._most_likely, chosen), forward_only=True)
-            for i, token in enumerate(chosen):
+            chosen = torch.zeros(len(prompts), dtype=torch.long)
+            self._forward_only(rows, partial(self._most_likely, chosen, longest))
+            chosen = self._over_context(chosen).to(self.mesh.device)
+            dist.all_reduce(chosen, group=parallel_state.get_pipeline_model_parallel_group())  # the last stage's
+            for i, token in enumerate(chosen.tolist()):
                 if not done[i]:
                     sequences[i].append(token)
                     done[i] = token == eos
-        self.model.train()
         return [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]
 
-    def _most_likely(self, chosen: list[int], _: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _most_likely(
+        self, chosen: Tensor, time: int, packed: Packed, logits: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         group = tensor_group()
         shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
         dist.all_gather(shards, logits.contiguous(), group=group)
-        chosen.extend(torch.cat(shards, -1)[:, : self.policy.shape.vocab_size].argmax(-1).tolist())
-        return logits.new_zeros(()), torch.zeros((), dtype=torch.int), {}
+        best = torch.cat(shards, -1)[:, : self.policy.shape.vocab_size].argmax(-1)
+        chosen[packed.actions // time] = best.cpu()  # one action a row
+        return _NOTHING
+
+    def _forward_only(self, rows: Rows, collect: Any) -> None:
+        for model in self.models:
+            model.eval()
+        with torch.no_grad():
+            self._run(rows, collect, forward_only=True)
+        for model in self.models:
+            model.train()
 
     def update(self, rows: Rows, *, entropy_coefficient: float = 0.0) -> dict[str, float]:
         """One optimizer step on the mini-batch that `rows` are this rank's share of; metrics of the whole mini-batch.
@@ -109,7 +142,8 @@ class PolicyStep:
         and every split into micro-batches. Raises FloatingPointError when loss or gradient norm is not finite.
         """
         assert rows.old_logp is not None and rows.advantages
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(rows, partial(self._loss, rows, entropy_coefficient), forward_only=False)
         metrics = _global_means(sums, self.mesh)
@@ -126,31 +160,45 @@ class PolicyStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss sum, count it is divided by, sums to log) of one micro-batch."""
         assert rows.old_logp is not None and rows.advantages
-        mask = rows.action_mask[packed.rows].bool()
-        weight = objectives.token_weight(mask=mask, aggregation=self.loss.aggregation)[mask]
+        device = logits.device
+        aggregation = self.loss.aggregation
+
+        def of_actions(values: Tensor) -> Tensor:
+            return values.flatten(0, 1)[packed.actions].to(device)
+
+        weight = objectives.token_weight(mask=rows.action_mask.bool(), aggregation=aggregation)
+        if rows.scale is not None:
+            weight = weight * rows.scale[:, None]
+        expected_weight = None
+        if rows.expected_weight is not None:
+            expected_weight = of_actions(rows.expected_weight[:, None].expand_as(rows.action_mask))
         stats = token_stats(
             logits,
-            packed.targets,
+            packed.targets.to(device),
             temperatures=[],
             tp_group=tensor_group(),
             vocab_size=self.policy.shape.vocab_size,
             entropy_grad=entropy_coefficient > 0,
+            expected_temperature=rows.expected_temperature,
             overwrite_logits=True,  # nothing else reads them: their gradient takes their place
         )
-        device = logits.device
         terms = objectives.objective_terms(
             logp=stats.logp,
-            old_logp=rows.old_logp[packed.rows][mask].to(device),
-            advantages=tuple(advantage[packed.rows][mask].to(device) for advantage in rows.advantages),
-            weight=weight.to(device),
+            old_logp=of_actions(rows.old_logp),
+            advantages=tuple(of_actions(advantage) for advantage in rows.advantages),
+            weight=of_actions(weight),
             mask=torch.ones_like(stats.logp, dtype=torch.bool),
             clip_low=self.loss.clip_low,
             clip_high=self.loss.clip_high,
             dual_clip=self.loss.dual_clip,
             entropy=stats.entropy if entropy_coefficient > 0 else None,
             entropy_coefficient=entropy_coefficient,
+            expected_logp=stats.expected_logp,
+            expected_weight=expected_weight,
         )
-        count = objectives.loss_denominator(mask=mask, aggregation=self.loss.aggregation)
+        count = objectives.loss_denominator(mask=rows.action_mask[packed.rows].bool(), aggregation=aggregation)
+        if self.mesh.context_rank:  # context ranks share the tokens of the same rows: these count once
+            count = torch.zeros_like(count)
         sums = {
             "loss": terms.loss_sum.detach(),
             "count": count,
@@ -164,16 +212,30 @@ class PolicyStep:
 
     def _run(self, rows: Rows, loss: Any, *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Every micro-batch through megatron-core's schedule; what `loss` returned third, on the last stage."""
-        packs = micro_batches(rows, self.micro_batch_size)
+        packs = micro_batches(
+            rows,
+            size=self.micro_batch_size,
+            token_cap=self.micro_batch_tokens,
+            layout=self.layout,
+            agree=self._agree_on_count,
+        )
+        iterators = [iter(packs) for _ in self.models]
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, loss),
-            data_iterator=iter(packs),
-            model=[self.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models,
             num_microbatches=len(packs),
-            seq_length=max(p.tokens.shape[1] for p in packs),
+            seq_length=max(int(p.bounds[-1]) for p in packs),
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _agree_on_count(self, count: int) -> int:
+        """Micro-batches for every data rank: experts exchange tokens with each, interleaving takes whole rounds."""
+        most = torch.tensor(count, device=self.mesh.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        unit = self.policy.config.pipeline_model_parallel_size if len(self.models) > 1 else 1
+        return -(-int(most) // unit) * unit
 
     def _forward(self, loss: Any, packs: Iterator[Packed], model: torch.nn.Module) -> tuple[Tensor, Any]:
         packed = next(packs)
@@ -181,27 +243,18 @@ class PolicyStep:
         self._selected = packed.selected.to(device)
         options = {"fp32_output": False} if self.policy.config.bf16 else {}
         output = model(
-            packed.tokens.to(device),
-            packed.positions.to(device),
-            None,
-            packed_seq_params=_sequence_params(packed, device),
-            **options,
+            packed.tokens.to(device), None, None, packed_seq_params=_sequence_params(packed, device), **options
         )
-        return output, lambda logits: loss(packed, self._action_logits(logits, packed))
+        return output, lambda logits: loss(packed, logits.squeeze(0))
 
     def _keep_action_positions(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Only positions where an action is taken reach the output layer: prompts need no logits."""
         assert self._selected is not None
-        return (inputs[0].index_select(0, self._selected), *inputs[1:])
-
-    def _action_logits(self, logits: Tensor, packed: Packed) -> Float[Tensor, "actions vocabulary"]:
-        logits = logits.squeeze(0)
-        # under sequence parallelism the positions are spread over ranks, so the choice comes after the output layer
-        return (
-            logits.index_select(0, packed.selected.to(logits.device))
-            if self.policy.config.sequence_parallel
-            else logits
-        )
+        hidden = inputs[0]
+        if self.policy.config.sequence_parallel:
+            # the output layer sums the gradient over the tensor ranks; each takes its part of the sequence back
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return (hidden.index_select(0, self._selected), *inputs[1:])
 
 
 def _sequence_params(packed: Packed, device: torch.device) -> PackedSeqParams:
@@ -215,14 +268,16 @@ def _sequence_params(packed: Packed, device: torch.device) -> PackedSeqParams:
     )
 
 
-def _distributed(policy: Policy) -> DistributedDataParallel:
-    module = Float16Module(policy.config, policy.model) if policy.config.bf16 else policy.model
+def _distributed(policy: Policy) -> list[DistributedDataParallel]:
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
     )
-    ddp = DistributedDataParallel(policy.config, options, module)
-    ddp.broadcast_params()
-    return ddp
+    models = []
+    for index, chunk in enumerate(policy.chunks):
+        module = Float16Module(policy.config, chunk) if policy.config.bf16 else chunk
+        models.append(DistributedDataParallel(policy.config, options, module, disable_bucketing=index > 0))
+        models[-1].broadcast_params()
+    return models
 
 
 def _optimizer_config(o: Optimizer, *, bf16: bool) -> OptimizerConfig:
@@ -238,6 +293,9 @@ def _optimizer_config(o: Optimizer, *, bf16: bool) -> OptimizerConfig:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        optimizer_cpu_offload=o.cpu_offload > 0,
+        optimizer_offload_fraction=o.cpu_offload,
+        use_precision_aware_optimizer=o.cpu_offload > 0,  # megatron-core offloads no other
     )
 
 

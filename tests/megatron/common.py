@@ -4,36 +4,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from dcpo_openrlhf import cpu
 from dcpo_openrlhf.config import Loss, Model, Optimizer, Parallel, Train
 from dcpo_openrlhf.megatron.batch import Rows
-from dcpo_openrlhf.megatron.mesh import Mesh, init_mesh
+from dcpo_openrlhf.megatron.mesh import init_mesh
 from dcpo_openrlhf.megatron.model import Policy, build_policy
 from dcpo_openrlhf.megatron.step import PolicyStep
+from tests.distributed import renew_process_group
 
 
 def make_policy(
-    path: Path, *, rank: int, world_size: int, dtype: str = "fp32", **mesh_sizes: Any
-) -> tuple[Policy, Mesh]:
-    """The policy of the HF folder on a CPU mesh, tensor/pipeline/... sizes by keyword."""
+    path: Path, *, rank: int, world_size: int, dtype: str = "fp32", recompute: Any = "none", **mesh_sizes: Any
+) -> Policy:
+    """The policy of the HF folder on a CPU mesh, tensor/pipeline/... sizes by keyword; replaces an earlier mesh."""
     cpu.install()
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+        renew_process_group()
     parallel = Parallel(nodes=1, devices_per_node=world_size, **mesh_sizes)
     mesh = init_mesh(parallel, device="cpu", rank=rank, world_size=world_size, seed=1)
     model = Model(path=path, dtype=dtype)  # type: ignore[arg-type]
-    return build_policy(model=model, parallel=parallel, train=Train(), mesh=mesh), mesh
+    return build_policy(model=model, parallel=parallel, train=Train(recompute=recompute), mesh=mesh)
 
 
 def make_step(
-    policy: Policy, mesh: Mesh, *, micro_batch_size: int = 2, learning_rate: float = 1e-3, **loss: Any
+    policy: Policy,
+    *,
+    micro_batch_size: int = 2,
+    micro_batch_tokens: int | None = None,
+    learning_rate: float = 1e-3,
+    **loss: Any,
 ) -> PolicyStep:
     return PolicyStep(
         policy,
-        mesh,
         # Adam's first step is nearly the sign of the gradient: a larger eps keeps rounding of tiny gradients small
         optimizer=Optimizer(learning_rate=learning_rate, eps=1e-3),
         loss=Loss(**loss),
         micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         total_updates=10,
     )
 

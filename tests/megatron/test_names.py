@@ -148,13 +148,3 @@ def test_norms_that_transformer_engine_fuses_have_their_names(fused: str, hf: st
 def test_unknown_parameter_is_named(name: str) -> None:
     with pytest.raises(KeyError, match=f"{name}.*not in names.TABLE; add its row"):
         names.entry_of(name)
-
-
-def test_entries_walk_a_module_in_its_own_order() -> None:
-    module = torch.nn.Module()
-    module.output_layer = torch.nn.Linear(2, 3, bias=False)
-    module.decoder = torch.nn.Module()
-    module.decoder.final_layernorm = torch.nn.RMSNorm(2)
-    listed = list(names.entries(module))
-    assert [entry.hf_names for entry, _ in listed] == [("lm_head.weight",), ("model.norm.weight",)]
-    assert listed[0][1] is module.output_layer.weight

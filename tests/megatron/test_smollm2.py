@@ -31,7 +31,7 @@ def _rows(path: Path) -> Rows:
 
 def _logits(rank: int, world_size: int, path: Path) -> Tensor:
     """[actions, vocabulary], every position but the last of each row, gathered over the shards."""
-    policy, mesh = make_policy(path, rank=rank, world_size=world_size, tensor=world_size)
+    policy = make_policy(path, rank=rank, world_size=world_size, tensor=world_size)
     found: list[Tensor] = []
 
     def collect(_: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -40,7 +40,7 @@ def _logits(rank: int, world_size: int, path: Path) -> Tensor:
         found.append(torch.cat(shards, -1)[:, : policy.shape.vocab_size])
         return logits.new_zeros(()), torch.zeros((), dtype=torch.int), {}
 
-    step = make_step(policy, mesh, micro_batch_size=1)
+    step = make_step(policy, micro_batch_size=1)
     with torch.no_grad():
         step._run(_rows(path), collect, forward_only=True)
     return torch.cat(found) if rank == 0 else torch.zeros(())

@@ -1,50 +1,119 @@
-"""One update is the same on every mesh and for every split into micro-batches."""
+"""One update is the same on every mesh, for every split into micro-batches, packed or not, recomputed or not."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dcpo_openrlhf.megatron.model import hf_tensors
 from tests.distributed import run_distributed
 from tests.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
+# name: (processes, architecture, mesh and recomputation)
+MESHES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "one": (1, "llama", {}),
+    "recompute-selective": (1, "llama", {"recompute": "selective"}),
+    "recompute-full": (1, "llama", {"recompute": "full"}),
+    "one-moe": (1, "qwen3_moe", {}),
+    "dp2": (2, "llama", {}),
+    "tp2": (2, "llama", {"tensor": 2}),
+    "sp2": (2, "llama", {"tensor": 2, "sequence_parallel": True}),
+    "pp2": (2, "llama", {"pipeline": 2}),
+    "interleaved": (2, "llama", {"pipeline": 2, "virtual_pipeline": 2}),
+    "cp2": (2, "llama", {"context": 2}),
+    "ep2": (2, "qwen3_moe", {"expert": 2}),
+    "tp2-moe": (2, "qwen3_moe", {"tensor": 2, "sequence_parallel": True}),
+    "tp2ep2": (2, "qwen3_moe", {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "tp4": (4, "llama", {"tensor": 4}),
+    "tp2dp2": (4, "llama", {"tensor": 2}),
+    "tp2pp2": (4, "llama", {"tensor": 2, "pipeline": 2}),
+    "sp2pp2-full": (4, "llama", {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "recompute": "full"}),
+    "sp2cp2": (4, "llama", {"tensor": 2, "sequence_parallel": True, "context": 2}),
+    "interleaved-dp2": (4, "llama", {"pipeline": 2, "virtual_pipeline": 2}),
+    "pp2cp2": (4, "llama", {"pipeline": 2, "context": 2}),
+    "pp2ep2": (4, "qwen3_moe", {"pipeline": 2, "expert": 2}),
+    "sp2ep2dp2": (4, "qwen3_moe", {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "cp2ep2": (4, "qwen3_moe", {"context": 2, "expert": 2}),
+}
+# packing off, some rows at a time, and up to a number of tokens
+SPLITS: dict[str, dict[str, Any]] = {
+    "row by row": {"micro_batch_size": 1, "aggregation": "token_mean"},
+    "three rows": {"micro_batch_size": 3, "aggregation": "sequence_mean"},
+    "60 tokens": {"micro_batch_tokens": 60, "aggregation": "token_mean"},
+}
+TEMPERATURES = [0.8, 1.2]
 
-def _two_updates(rank: int, world_size: int, path: Path, mesh_sizes: dict, micro_batch_size: int, options: dict):
-    policy, mesh = make_policy(path, rank=rank, world_size=world_size, **mesh_sizes)
-    step = make_step(policy, mesh, micro_batch_size=micro_batch_size, **options)
-    metrics = [
-        step.update(random_rows(seed=seed).part(mesh.data_rank, mesh.data_size), entropy_coefficient=0.1)
-        for seed in (0, 1)
-    ]
-    return metrics, {name: value.clone() for name, value in hf_tensors(policy)}
+
+def splits_of(name: str) -> dict[str, dict[str, Any]]:
+    """All of them on one or two processes; four have a core to share and leave one out."""
+    return SPLITS if MESHES[name][0] < 4 else {key: SPLITS[key] for key in ("row by row", "60 tokens")}
+
+
+def _on_meshes(rank: int, world_size: int, models: dict[str, Path], names: list[str]) -> dict[str, Any]:
+    """{(mesh, split): (this rank's token statistics or None, metrics of two updates, weights on rank 0)}."""
+    results = {}
+    for name in names:
+        _, architecture, sizes = MESHES[name]
+        for split, options in splits_of(name).items():
+            policy = make_policy(models[architecture], rank=rank, world_size=world_size, **sizes)
+            step, mesh = make_step(policy, **options), policy.mesh
+            part = random_rows().part(mesh.data_rank, mesh.data_size)
+            stats = step.token_statistics(part, temperatures=TEMPERATURES)
+            metrics = [
+                step.update(random_rows(seed=seed).part(mesh.data_rank, mesh.data_size), entropy_coefficient=0.1)
+                for seed in (0, 1)
+            ]
+            weights = {key: value.clone() for key, value in hf_tensors(policy)}
+            mine = (part.index, stats) if mesh.is_data_leader else None
+            results[name, split] = mine, metrics, weights if rank == 0 else None
+    return results
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"), kv_heads=4)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "llama": make_tiny_model(folder / "llama", layers=4, kv_heads=4, tie=True),
+        "qwen3_moe": make_tiny_model(folder / "moe", architecture="qwen3_moe", layers=2, tie=False),
+    }
 
 
-@pytest.fixture(scope="module", params=["sequence_mean", "token_mean"])
-def single(request: pytest.FixtureRequest, model: Path):
-    return request.param, run_distributed(_two_updates, 1, model, {}, 8, {"aggregation": request.param})[0]
+@pytest.fixture(scope="module")
+def results(models: dict[str, Path]) -> dict[int, list[dict[str, Any]]]:
+    """For each number of processes what its ranks return; all meshes of a size share one launch."""
+    sizes = sorted({world_size for world_size, *_ in MESHES.values()})
+    return {
+        size: run_distributed(
+            _on_meshes, size, models, [name for name, (world, *_) in MESHES.items() if world == size], timeout=600
+        )
+        for size in sizes
+    }
 
 
-@pytest.mark.parametrize(
-    ("world_size", "mesh_sizes", "micro_batch_size"),
-    [(1, {}, 3), (2, {"tensor": 2}, 8), (4, {"tensor": 4}, 8), (2, {}, 2), (4, {"tensor": 2}, 1)],
-    ids=["split", "tp2", "tp4", "dp2", "tp2dp2"],
-)
-def test_update_equals_that_of_one_process(
-    single, model: Path, world_size: int, mesh_sizes: dict, micro_batch_size: int
-) -> None:
-    aggregation, (metrics, weights) = single
-    results = run_distributed(
-        _two_updates, world_size, model, mesh_sizes, micro_batch_size, {"aggregation": aggregation}
-    )
-    for other_metrics, other_weights in results:
-        for step, other in zip(metrics, other_metrics, strict=True):
+def _statistics(ranks: list[dict[str, Any]], key: tuple[str, str]) -> dict[str, Tensor]:
+    """Of all rows in their order, from the leaders of the data ranks."""
+    parts = [rank[key][0] for rank in ranks if rank[key][0] is not None]
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return {name: torch.cat([stats[name] for _, stats in parts])[order] for name in parts[0][1]}
+
+
+@pytest.mark.parametrize(("name", "split"), [(name, split) for name in MESHES for split in splits_of(name)])
+def test_update_equals_that_of_one_process(results: dict[int, list[dict[str, Any]]], name: str, split: str) -> None:
+    world_size, architecture, _ = MESHES[name]
+    single = "one" if architecture == "llama" else "one-moe"
+    # loss and gradient of every split with the same aggregation are those of the rows one by one
+    same = "row by row" if SPLITS[split]["aggregation"] == "token_mean" else split
+    _, metrics, weights = results[1][0][single, same]
+    statistics = _statistics(results[1], (single, same))
+    ranks = results[world_size]
+    for key, value in _statistics(ranks, (name, split)).items():
+        torch.testing.assert_close(value, statistics[key], atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    for rank in ranks:
+        for step, other in zip(metrics, rank[name, split][1], strict=True):
             assert other == pytest.approx(step, rel=1e-5, abs=1e-6)
-        for name, value in weights.items():
-            torch.testing.assert_close(other_weights[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    assert ranks[0][name, split][2].keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(ranks[0][name, split][2][key], value, atol=1e-5, rtol=1e-5, msg=key)

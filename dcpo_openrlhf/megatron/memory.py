@@ -1,0 +1,61 @@
+"""Weights, optimizer state and gradient buffers moved to host memory while a colocated engine generates, and back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcpo_openrlhf.megatron.step import PolicyStep
+
+
+class Offload:
+    """Empties the storages in place, so that every view of them (parameters, shards, buckets) is whole again after."""
+
+    def __init__(self, step: PolicyStep) -> None:
+        self.step = step
+        self._host: list[tuple[torch.UntypedStorage, torch.UntypedStorage | int]] = []
+
+    def away(self) -> None:
+        """Free the device memory of the policy; gradients are not kept, an update begins with zeros."""
+        if self._host:
+            raise RuntimeError("the policy is in host memory already: bring it back before it is moved there again")
+        gradients = {_key(t): t.untyped_storage() for t in self._gradients()}
+        kept = {_key(t): t.untyped_storage() for t in self._kept()}
+        for storage in kept.values():
+            host = torch.UntypedStorage(storage.nbytes(), device="cpu")
+            self._host.append((storage, host.copy_(storage)))
+            storage.resize_(0)
+        for storage in gradients.values():
+            self._host.append((storage, storage.nbytes()))
+            storage.resize_(0)
+
+    def back(self) -> None:
+        """Give the policy its device memory and numbers again; its gradients are zero."""
+        for storage, host in self._host:
+            if isinstance(host, int):
+                storage.resize_(host)
+                storage.fill_(0)  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                storage.resize_(host.nbytes())
+                storage.copy_(host)
+        self._host = []
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for model in self.step.models:
+            for buffer in (*model.buffers, *model.expert_parallel_buffers):
+                yield buffer.grad_data
+
+    def _kept(self) -> Iterator[Tensor]:
+        for chunk in self.step.policy.chunks:
+            yield from (parameter.data for parameter in chunk.parameters())
+        whole: Any = self.step.optimizer
+        for optimizer in getattr(whole, "chained_optimizers", [whole]):
+            for group in optimizer.optimizer.param_groups:
+                yield from (parameter.data for parameter in group["params"])
+            for state in optimizer.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
