@@ -1,0 +1,339 @@
+"""A run's checkpoints as folders: written aside, whole or not there, verified, kept and found again. Knows no ranks.
+
+<run folder>/checkpoints/step_NNNNNN/ holds the policy's files, run.json (everything of the run that is not the policy)
+and manifest.json (size and checksum of every other file). What a resumed run takes back lies in <run folder>/cut/NNN/.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from dcpo_openrlhf.config import Recipe, RecipeError, resolved_yaml
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, STATE = "manifest.json", "run.json"
+_NAME = re.compile(r"step_(\d{6,})")
+_CHUNK = 1 << 22
+_READERS = 8
+
+MAY_DIFFER = (
+    # where a run happens, how long things may take, what is kept: none of it is in the numbers
+    "run.dir",
+    "run.ray_address",
+    "run.logical_devices",
+    "run.worker_logs",
+    "run.startup_timeout",
+    "run.shutdown_timeout",
+    "model.path",
+    "model.config",
+    "reward.workers",
+    "parallel.",
+    "rollout.engines",
+    "rollout.tensor_parallel",
+    "rollout.gpu_memory_utilization",
+    "rollout.max_sequences",
+    "rollout.cpu_kv_cache_gb",
+    "rollout.cpu_threads",
+    "rollout.timeout",
+    "rollout.record",
+    "rollout.replay",
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.recompute",
+    "weight_sync.",
+    "evaluation.every",
+    "checkpoint.",
+    "monitor.",
+    "estimate.",
+)
+"""Keys, or sections, in which a resumed run may differ from its checkpoint's recipe."""
+
+
+class FileSum(TypedDict):
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder and the step after which it was taken."""
+
+    path: Path
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        """What the driver saved beside the policy."""
+        return json.loads((self.path / STATE).read_text())
+
+
+def file_sum(path: Path) -> FileSum:
+    """Size and CRC-32 of a file, read in chunks."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return {"bytes": size, "crc32": crc}
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: at most one is being written, in `.step_NNNNNN.partial`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_best: bool,
+        write: Callable[[Path], None],
+        finish: Callable[[], Iterable[dict[str, FileSum]]],
+    ) -> None:
+        """write(folder) starts writing the policy; finish() ends it and gives the sums of files it has read already."""
+        self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
+        self._write, self._finish = write, finish
+        self._in_flight: tuple[int, dict[str, float]] | None = None
+        self.saved_step = 0
+        """Step of the newest checkpoint begun or resumed from."""
+
+    def begin(self, state: dict[str, Any], scores: dict[str, float]) -> None:
+        """Start the checkpoint of state["step"]; one that is still in flight is finished first."""
+        self.finish()
+        step = state["step"]
+        partial = self.folder / f".step_{step:06d}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_json(partial / STATE, state)
+        self._write(partial)
+        self._in_flight, self.saved_step = (step, scores), step
+
+    def finish(self) -> Path | None:
+        """Make the checkpoint in flight whole: manifest, rename, then let older ones go. None where there is none."""
+        if self._in_flight is None:
+            return None
+        (step, scores), self._in_flight = self._in_flight, None
+        known: dict[str, FileSum] = {}
+        for sums in self._finish():
+            known |= sums
+        partial, whole = self.folder / f".step_{step:06d}.partial", self.folder / f"step_{step:06d}"
+        write_manifest(partial, step=step, scores=scores, known=known)
+        partial.rename(whole)
+        _sync(self.folder)
+        prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
+        logger.info("checkpoint %s", whole)
+        return whole
+
+
+def write_manifest(
+    folder: Path, *, step: int, scores: dict[str, float], known: dict[str, FileSum] | None = None
+) -> None:
+    """manifest.json of everything in `folder`; files in `known` are not read again."""
+    known = known or {}
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    body = {
+        "step": step,
+        "scores": scores,
+        "files": {name: known.get(name) or file_sum(folder / name) for name in files},
+    }
+    _write_json(folder / MANIFEST, body | {"crc32": _crc(body)})
+
+
+def damage(folder: Path, *, quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None when it is whole; quick: sizes alone, no checksums."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        expected = manifest.pop("crc32")
+        files: dict[str, FileSum] = manifest["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error!r})"
+    if _crc(manifest) != expected or f"step_{manifest['step']:06d}" != folder.name:
+        return f"{MANIFEST} does not match its own checksum or the folder's name"
+    for name, sums in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != sums["bytes"]:
+            return f"{name} has {size} bytes instead of {sums['bytes']}" if size is not None else f"{name} is missing"
+    if quick:
+        return None
+    with ThreadPoolExecutor(_READERS) as pool:  # zlib and file reads let other threads run
+        for name, sums in zip(files, pool.map(lambda name: file_sum(folder / name), files), strict=True):
+            if sums != files[name]:
+                return f"{name} has checksum {sums['crc32']:08x} instead of {files[name]['crc32']:08x}"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every step folder, whole or not, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted((Checkpoint(path, int(match[1])) for match, path in found), key=lambda c: c.step)
+
+
+def newest_whole(folder: Path, *, quick: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that is whole; newer ones that are not are named in a warning and passed over."""
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = damage(checkpoint.path, quick=quick)
+        if wrong is None:
+            return checkpoint
+        if not quick:
+            logger.warning("%s is damaged and passed over: %s", checkpoint.path, wrong)
+    return None
+
+
+def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
+    """Delete whole checkpoints beyond the newest `keep_last` and the best, and what interrupted saves left behind.
+
+    Best: highest held-out accuracy among those that have one, else highest mean reward. Damaged ones stay.
+    """
+    whole = [c for c in checkpoints(folder) if damage(c.path, quick=True) is None]
+    kept = {c.step for c in whole[-keep_last:]}
+    if keep_best and (best := _best(whole)):
+        kept.add(best.step)
+    for checkpoint in whole:
+        if checkpoint.step not in kept:  # renamed first: a deletion that is interrupted leaves no torn checkpoint
+            checkpoint.path.rename(folder / f".{checkpoint.path.name}.deleted")
+    for leftover in [*folder.glob(".step_*.deleted"), *folder.glob(".step_*.partial")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _best(whole: list[Checkpoint]) -> Checkpoint | None:
+    scores = {c: json.loads((c.path / MANIFEST).read_text())["scores"] for c in whole}
+    for name in ("heldout_accuracy", "reward_mean"):
+        having = [c for c in whole if name in scores[c]]
+        if having:
+            return max(having, key=lambda c: (scores[c][name], c.step))
+    return None
+
+
+def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` names, verified; None where the run starts from its beginning.
+
+    Raises RecipeError for a named checkpoint that is damaged, or a recipe that would continue another run.
+    """
+    resume = recipe.checkpoint.resume
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = newest_whole(recipe.run.dir / "checkpoints", quick=quick)
+    else:
+        found = _named(Path(resume), quick)
+    if found is None:
+        return None
+    refused, tolerated = differences(found.state()["recipe"], recipe)
+    if refused:
+        raise RecipeError(
+            f"{found.path} belongs to another recipe; set these back or start a new run.dir:\n"
+            + "\n".join(f"    {line}" for line in refused)
+        )
+    if found.step >= recipe.train.steps:
+        raise RecipeError(
+            f"{found.path} is at step {found.step} and train.steps = {recipe.train.steps}: nothing is left to do; "
+            "raise train.steps"
+        )
+    if not quick:
+        logger.info("resuming after step %d from %s", found.step, found.path)
+        for line in tolerated:
+            logger.info("  differs from the checkpoint: %s", line)
+    return found
+
+
+def _named(path: Path, quick: bool) -> Checkpoint:
+    match = _NAME.fullmatch(path.name)
+    if not match or not path.is_dir():
+        raise RecipeError(
+            f"checkpoint.resume = {path} is not a checkpoint (a folder step_NNNNNN); name one, or use auto or never"
+        )
+    if wrong := damage(path, quick=quick):
+        raise RecipeError(f"checkpoint.resume = {path} is damaged: {wrong}; name another, or use auto")
+    return Checkpoint(path, int(match[1]))
+
+
+def differences(saved: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[str]]:
+    """("key: saved -> now" of those that would change the run, the same of those that may differ)."""
+    old, new = _flat(saved), _flat(recipe.model_dump(mode="json"))
+    lines: tuple[list[str], list[str]] = ([], [])
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            lines[_may_differ(key, recipe)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return lines
+
+
+def _may_differ(key: str, recipe: Recipe) -> bool:
+    if key == "train.steps":  # the other schedules end at the last update
+        return recipe.optimizer.schedule == "constant"
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_DIFFER)
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
+
+
+def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
+    """A run folder that holds nothing beyond the checkpoint's step; what it held is moved to cut/NNN/, nothing is lost.
+
+    Rows of *.jsonl whose step is above the checkpoint's (and a torn last line), samples and checkpoints of later steps,
+    and the recipe that was in force.
+    """
+    folder, last = recipe.run.dir, point.step if point else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.checkpoint.resume != "never" and (folder / "recipe.yaml").exists():
+        cut = folder / "cut" / f"{len(list((folder / 'cut').glob('*'))) + 1:03d}"
+        cut.mkdir(parents=True)
+        shutil.copy2(folder / "recipe.yaml", cut)
+        for file in folder.glob("*.jsonl"):
+            _cut_rows(file, cut / file.name, last)
+        for later in [*folder.glob("samples/*_*"), *folder.glob("checkpoints/step_*")]:
+            if int(re.findall(r"\d+", later.name)[0]) > last:
+                (cut / later.parent.name).mkdir(exist_ok=True)
+                later.rename(cut / later.parent.name / later.name)
+    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
+
+
+def _cut_rows(file: Path, side: Path, last: int) -> None:
+    """Rows up to step `last` stay in `file`; the others go to `side`."""
+    kept, cut = [], []
+    for line in file.read_bytes().splitlines(keepends=True):
+        (kept if _step_of(line) <= last else cut).append(line)
+    if cut:
+        side.write_bytes(b"".join(cut))
+        aside = file.with_name(f".{file.name}.partial")
+        aside.write_bytes(b"".join(kept))
+        aside.rename(file)
+
+
+def _step_of(line: bytes) -> float:
+    """The row's step; infinity for a line that a kill tore apart."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _crc(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Let a rename in `folder` reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

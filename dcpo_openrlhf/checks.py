@@ -1,0 +1,91 @@
+"""Values that no sound rollout or forward pass gives: one error that names step, prompt, response, field and remedy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcpo_openrlhf.tasks import Prompt
+
+ROUNDING = 1e-4
+"""Log-probabilities may exceed 0 by this much [nats] before they count as impossible."""
+
+
+class ImpossibleValue(ValueError):
+    """A value that is stale or cannot be; training on it would spoil the policy silently."""
+
+
+def require_possible_samples(
+    samples: Sequence[Any], *, step: int, prompts: Sequence[Prompt], group_size: int, weights_version: int | None
+) -> None:
+    """Raise ImpossibleValue unless `samples` are whole groups of graded, current, consistent responses.
+
+    samples: Experiences [1, time] in prompt order. weights_version: the policy's; None accepts any (off-policy).
+    """
+    if len(samples) != len(prompts) * group_size:
+        raise ImpossibleValue(
+            f"step {step}: a group must be whole, {len(prompts)} prompts * group_size {group_size} responses, "
+            f"got {len(samples)}; some were lost between engine and trainer: see the engine's log"
+        )
+    for i, sample in enumerate(samples):
+        where = _where(step, prompts[i // group_size], i % group_size)
+        if sample.prompts and sample.prompts[0] != prompts[i // group_size].text:
+            raise ImpossibleValue(
+                f"{where}: field prompts is that of another group ({sample.prompts[0][:60]!r}); "
+                "the responses are out of order: see the generator"
+            )
+        _one_sample(sample, where, weights_version)
+
+
+def _one_sample(sample: Any, where: str, weights_version: int | None) -> None:
+    reward, mask = float(sample.rewards[0]), sample.action_mask[0].bool()
+    if not torch.isfinite(torch.tensor(reward)):
+        raise ImpossibleValue(f"{where}: field rewards = {reward} must be finite; check the grader")
+    length = int(sample.response_length[0])
+    if int(mask.sum()) != length or length == 0:
+        raise ImpossibleValue(
+            f"{where}: fields action_mask and response_length disagree, {int(mask.sum())} tokens in the mask, "
+            f"length {length}; a response has at least one token and the mask marks each: see the engine's answer"
+        )
+    _require_log_probs("rollout_log_probs", sample.rollout_log_probs[0], mask, where)
+    version = int(sample.info["weight_version"])
+    if weights_version is not None and version != weights_version:
+        raise ImpossibleValue(
+            f"{where}: field weight_version = {version} is stale, the policy is at {weights_version}: not on-policy. "
+            "Look for a failed sync, or set monitor.on_policy_only=false"
+        )
+
+
+def require_possible_statistics(
+    experiences: Sequence[Any], *, step: int, prompts: Sequence[Prompt], group_size: int
+) -> None:
+    """Raise ImpossibleValue where the policy's own log-probs or entropies of the step's updates cannot be."""
+    row = 0
+    for experience in experiences:
+        for i, mask in enumerate(experience.mask):
+            where = _where(step, prompts[row // group_size], row % group_size)
+            _require_log_probs("action_log_probs", experience.action_log_probs[i], mask, where)
+            _require_log_probs("tempered_log_probs", experience.tempered_log_probs[i], mask, where)
+            entropy = experience.entropy[i][mask]
+            if not bool((torch.isfinite(entropy) & (entropy >= -ROUNDING)).all()):
+                raise ImpossibleValue(
+                    f"{where}: field entropy = {float(entropy.min())} must be finite and >= 0; "
+                    "look at the logits: a padded vocabulary row or a broken checkpoint"
+                )
+            row += 1
+
+
+def _require_log_probs(field: str, values: Tensor, mask: Tensor, where: str) -> None:
+    inside = values[mask]
+    possible = torch.isfinite(inside) & (inside <= ROUNDING)
+    if not bool(possible.all()):
+        seen = float(inside[~possible].flatten()[0])
+        raise ImpossibleValue(
+            f"{where}: field {field} = {seen} must be finite and <= 0; it is no log-probability: "
+            "look for padded vocabulary rows, a half-synced engine or weights that are not finite"
+        )
+
+
+def _where(step: int, prompt: Prompt, response: int) -> str:
+    return f"step {step}, prompt {prompt.problem.id!r}, response {response}"

@@ -1,0 +1,268 @@
+"""Checkpoint folders: whole or not there; damage is recognised and passed over; old ones go when newer are whole."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcpo_openrlhf import checkpoint
+from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole, prepare_run_folder, resume_point
+from dcpo_openrlhf.config import Recipe, RecipeError
+
+
+def make_recipe(run: Path, **sections: Any) -> Recipe:
+    values = {"run": {"dir": run}, "model": {"path": "unused"}, "task": {"kind": "arithmetic"}}
+    return Recipe.model_validate(values | sections)
+
+
+class Policy:
+    """Stands for the ranks: writes two files, of which it knows the sums of one."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    def write(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "rank0.distcp").write_bytes(f"weights of {folder.name}".encode() * 100)
+        (folder / "common.pt").write_bytes(b"common")
+
+    def finish(self) -> list[dict[str, checkpoint.FileSum]]:
+        assert self.folder is not None
+        return [{"rank0.distcp": file_sum(self.folder / "rank0.distcp")}, {}]
+
+
+def make_folder(run: Path, *, keep_last: int = 3, keep_best: bool = False) -> CheckpointFolder:
+    policy = Policy()
+    return CheckpointFolder(
+        run / "checkpoints", keep_last=keep_last, keep_best=keep_best, write=policy.write, finish=policy.finish
+    )
+
+
+def save(folder: CheckpointFolder, recipe: Recipe, *steps: int, **scores: float) -> None:
+    for step in steps:
+        folder.begin({"step": step, "recipe": recipe.model_dump(mode="json")}, {"reward_mean": 0.0, **scores})
+        folder.finish()
+
+
+def steps(run: Path) -> list[int]:
+    return [c.step for c in checkpoint.checkpoints(run / "checkpoints")]
+
+
+def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    folder.begin({"step": 5, "recipe": {}}, {})
+    assert steps(tmp_path) == [] and (tmp_path / "checkpoints/.step_000005.partial").is_dir()
+    assert newest_whole(tmp_path / "checkpoints") is None
+    assert folder.finish() == tmp_path / "checkpoints/step_000005"
+    assert steps(tmp_path) == [5] and damage(tmp_path / "checkpoints/step_000005") is None
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert folder.finish() is None
+
+
+def test_one_at_a_time_the_next_finishes_the_one_in_flight(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    folder.begin({"step": 1, "recipe": {}}, {})
+    folder.begin({"step": 2, "recipe": {}}, {})
+    assert steps(tmp_path) == [1]
+    assert folder.saved_step == 2
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "rank0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    def flip(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return flip
+
+
+def _change_score(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["scores"]["reward_mean"] = 9.0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_truncate, "rank0.distcp has 3099 bytes instead of 3100"),
+        (_flip("rank0.distcp"), "rank0.distcp has checksum"),
+        (_flip("common.pt"), "common.pt has checksum"),
+        (_flip("run.json"), "run.json has checksum"),
+        (lambda folder: (folder / "common.pt").unlink(), "common.pt is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / "manifest.json").write_text('{"step": 3,'), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+        (_change_score, "manifest.json does not match its own checksum"),
+    ],
+)
+def test_damage_is_named_and_passed_over(
+    harm: Callable[[Path], None], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"})
+    save(make_folder(tmp_path), recipe, 1, 2, 3)
+    harm(tmp_path / "checkpoints/step_000003")
+    with caplog.at_level(logging.WARNING):
+        found = resume_point(recipe)
+    assert found is not None and found.step == 2
+    (warning,) = caplog.messages
+    assert "step_000003 is damaged and passed over" in warning and said in warning
+    assert (tmp_path / "checkpoints/step_000003").is_dir()  # for a person to look at
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path: Path) -> None:
+    save(make_folder(tmp_path), make_recipe(tmp_path), 1)
+    moved = (tmp_path / "checkpoints/step_000001").rename(tmp_path / "checkpoints/step_000007")
+    assert "the folder's name" in (damage(moved) or "")
+
+
+def test_quick_looks_at_sizes_alone(tmp_path: Path) -> None:
+    save(make_folder(tmp_path), make_recipe(tmp_path), 1)
+    _flip("rank0.distcp")(tmp_path / "checkpoints/step_000001")
+    assert damage(tmp_path / "checkpoints/step_000001", quick=True) is None
+    _truncate(tmp_path / "checkpoints/step_000001")
+    assert damage(tmp_path / "checkpoints/step_000001", quick=True) is not None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    recipe, folder = make_recipe(tmp_path), make_folder(tmp_path, keep_last=2, keep_best=True)
+    save(folder, recipe, 1, reward_mean=0.3)
+    save(folder, recipe, 2, reward_mean=0.9)
+    save(folder, recipe, 3, 4, reward_mean=0.5)
+    assert steps(tmp_path) == [2, 3, 4]
+    save(folder, recipe, 5, reward_mean=0.1, heldout_accuracy=0.4)  # an evaluated one beats any that is not
+    save(folder, recipe, 6, 7, reward_mean=0.5)
+    assert steps(tmp_path) == [5, 6, 7]
+
+
+def test_nothing_whole_goes_before_its_successor_is_whole(tmp_path: Path) -> None:
+    recipe, folder = make_recipe(tmp_path), make_folder(tmp_path, keep_last=1)
+    save(folder, recipe, 1)
+    folder.begin({"step": 2, "recipe": {}}, {})
+    assert steps(tmp_path) == [1]
+    folder.finish()
+    assert steps(tmp_path) == [2]
+    (tmp_path / "checkpoints/step_000002/manifest.json").unlink()  # what is damaged replaces nothing
+    save(folder, recipe, 3)
+    save(folder, recipe, 4)
+    assert steps(tmp_path) == [2, 4]
+
+
+def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path: Path) -> None:
+    for name in (".step_000001.partial", ".step_000001.deleted"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    save(make_folder(tmp_path), make_recipe(tmp_path), 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_resume_says_where_to_begin(tmp_path: Path) -> None:
+    assert resume_point(make_recipe(tmp_path, checkpoint={"resume": "auto"})) is None  # nothing there: from the start
+    save(make_folder(tmp_path), make_recipe(tmp_path), 3)
+    assert resume_point(make_recipe(tmp_path)) is None  # never
+    for resume in ("auto", str(tmp_path / "checkpoints/step_000003")):
+        found = resume_point(make_recipe(tmp_path, checkpoint={"resume": resume}))
+        assert found is not None and (found.step, found.state()["step"]) == (3, 3)
+    with pytest.raises(RecipeError, match=r"is at step 3 and train.steps = 3: nothing is left to do"):
+        resume_point(make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 3}))
+
+
+def test_a_named_checkpoint_must_be_one_and_be_whole(tmp_path: Path) -> None:
+    save(make_folder(tmp_path), make_recipe(tmp_path), 3)
+    with pytest.raises(RecipeError, match="is not a checkpoint"):
+        resume_point(make_recipe(tmp_path, checkpoint={"resume": str(tmp_path)}))
+    _truncate(tmp_path / "checkpoints/step_000003")
+    with pytest.raises(RecipeError, match=r"step_000003 is damaged: rank0.distcp has"):
+        resume_point(make_recipe(tmp_path, checkpoint={"resume": str(tmp_path / "checkpoints/step_000003")}))
+
+
+def test_a_recipe_that_would_continue_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
+    save(make_folder(tmp_path), make_recipe(tmp_path), 3)
+    other = make_recipe(
+        tmp_path,
+        checkpoint={"resume": "auto"},
+        loss={"clip_high": 0.28},
+        optimizer={"learning_rate": 1e-5},
+        parallel={"tensor": 2},
+    )
+    with pytest.raises(RecipeError) as caught:
+        resume_point(other)
+    message = str(caught.value)
+    assert "loss.clip_high: 0.2 -> 0.28" in message and "optimizer.learning_rate: 1e-06 -> 1e-05" in message
+    assert "parallel" not in message and "checkpoint.resume" not in message
+
+
+def test_mesh_engines_and_length_of_a_constant_schedule_may_differ(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(make_folder(tmp_path), make_recipe(tmp_path), 3)
+    other = make_recipe(
+        tmp_path,
+        checkpoint={"resume": "auto"},
+        parallel={"tensor": 2, "devices_per_node": 2},
+        rollout={"engines": 2},
+        train={"steps": 200},
+    )
+    with caplog.at_level(logging.INFO):
+        assert resume_point(other) is not None
+    assert "  differs from the checkpoint: parallel.tensor: 1 -> 2" in caplog.messages
+    cosine = {"optimizer": {"schedule": "cosine"}, "checkpoint": {"resume": "auto"}}
+    save(make_folder(tmp_path), make_recipe(tmp_path, **cosine), 4)
+    with pytest.raises(RecipeError, match=r"train.steps: 100 -> 200"):
+        resume_point(make_recipe(tmp_path, train={"steps": 200}, **cosine))
+
+
+def test_every_key_that_may_differ_is_a_key_of_the_recipe(tmp_path: Path) -> None:
+    known = checkpoint._flat(make_recipe(tmp_path).model_dump(mode="json"))
+    for name in checkpoint.MAY_DIFFER:
+        assert name in known or (name.endswith(".") and any(key.startswith(name) for key in known)), name
+
+
+def make_run(run: Path) -> None:
+    """A run folder after step 5, of which the last row was torn by a kill."""
+    (run / "samples").mkdir(parents=True)
+    rows = [json.dumps({"step": step, "x": step}) + "\n" for step in range(1, 6)]
+    (run / "metrics.jsonl").write_text("".join(rows) + '{"step": 6, "x"')
+    (run / "evaluation.jsonl").write_text('{"step": 0}\n{"step": 4}\n')
+    (run / "recipe.yaml").write_text("old recipe")
+    for name in ("step_000003.jsonl", "step_000004.jsonl", "step_000004.pt", "evaluation_000004.pt"):
+        (run / "samples" / name).write_text(name)
+    save(make_folder(run), make_recipe(run), 3, 5)
+
+
+def test_what_lies_beyond_the_checkpoint_is_cut_and_kept(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    prepare_run_folder(recipe, checkpoint.Checkpoint(tmp_path / "checkpoints/step_000003", 3))
+    cut = tmp_path / "cut/001"
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl").read_bytes() + (cut / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "evaluation.jsonl").read_text() == '{"step": 0}\n'
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_000003.jsonl"]
+    assert len(list((cut / "samples").iterdir())) == 3
+    assert steps(tmp_path) == [3] and damage(cut / "checkpoints/step_000005") is None
+    assert (cut / "recipe.yaml").read_text() == "old recipe"
+    assert (tmp_path / "recipe.yaml").read_text() == checkpoint.resolved_yaml(recipe)
+
+
+def test_auto_without_a_whole_checkpoint_begins_anew_and_keeps_what_was(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    prepare_run_folder(make_recipe(tmp_path, checkpoint={"resume": "auto"}), None)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert len((tmp_path / "cut/001/metrics.jsonl").read_text().splitlines()) == 6
+    prepare_run_folder(make_recipe(tmp_path, checkpoint={"resume": "auto"}), None)
+    assert (tmp_path / "cut/002/recipe.yaml").is_file()
+
+
+def test_a_run_that_resumes_nothing_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    prepare_run_folder(make_recipe(tmp_path), None)
+    assert steps(tmp_path) == [3, 5] and not (tmp_path / "cut").exists()

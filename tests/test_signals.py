@@ -1,0 +1,74 @@
+"""A signal raises once, not in the middle of an update, and what follows it is bounded."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from dcpo_openrlhf import signals
+from dcpo_openrlhf.signals import Interrupted, OutOfTime
+
+
+def send(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the handler runs between two instructions of this thread
+
+
+def test_a_signal_raises_at_once_and_a_second_is_ignored() -> None:
+    with signals.raising():
+        with pytest.raises(Interrupted) as caught:
+            send()
+        assert caught.value.args == (signal.SIGTERM,)
+        send()
+        send(signal.SIGINT)
+
+
+def test_a_signal_waits_for_the_end_of_a_held_block() -> None:
+    done = []
+    with signals.raising(5.0), pytest.raises(Interrupted), signals.held():
+        with signals.held():
+            send(signal.SIGINT)
+        done.append("the outer block goes on")
+    assert done
+
+
+def test_a_held_block_is_left_when_the_bound_is_over() -> None:
+    begin = time.monotonic()
+    with signals.raising(0.1), pytest.raises(Interrupted), signals.held():
+        send()
+        time.sleep(30)
+    assert time.monotonic() - begin < 10
+
+
+def test_without_a_bound_nothing_is_held() -> None:
+    with signals.raising(), pytest.raises(Interrupted), signals.held():
+        send()
+        time.sleep(30)
+
+
+def test_what_follows_a_signal_has_the_rest_of_the_bound() -> None:
+    with signals.raising(0.2):
+        with pytest.raises(Interrupted):
+            send()
+        with signals.limit(signals.seconds_left()):
+            pass
+        with pytest.raises(OutOfTime), signals.limit(signals.seconds_left()):
+            time.sleep(30)
+        with pytest.raises(OutOfTime), signals.limit(signals.seconds_left()):
+            pytest.fail("nothing is left of the bound")
+
+
+def test_an_error_in_a_held_block_is_the_error_that_is_seen() -> None:
+    with signals.raising(0.1):
+        with pytest.raises(ValueError, match="mine"), signals.held():
+            send()
+            raise ValueError("mine")
+        time.sleep(0.2)  # no alarm is left
+
+
+def test_handlers_come_back() -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    with signals.raising():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
