@@ -1,0 +1,118 @@
+"""Where metrics and alerts go: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases, and a line on the screen."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.monitor_causes import Alert
+
+
+class Sink(Protocol):
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object a line, there as soon as it is written."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("a", buffering=1)
+
+    def line(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.line({"step": step, **metrics})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb in RUN/wandb; a resumed run folder goes on in the same wandb run."""
+
+    def __init__(self, folder: Path, *, mode: str, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                f"monitor.wandb = {mode} needs the package wandb, which cannot be imported ({error}); "
+                "install it (pip install wandb) or set monitor.wandb=off"
+            ) from error
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid4().hex[:16])
+        self._end = wandb.teardown
+        self._run = wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            dir=folder,
+            project=project,
+            name=folder.name,
+            id=identity.read_text(),
+            resume="allow",
+            config=config,
+            settings=wandb.Settings(console="off", disable_git=True),
+        )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+        self._end()  # finish alone returns before wandb's own process has written the file
+
+
+class MetricsLog:
+    """The sinks of a run, by its recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        folder, m = recipe.run.dir, recipe.monitor
+        self._events = JsonLines(folder / "events.jsonl")
+        self._sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl")]
+        if m.tensorboard:
+            self._sinks.append(TensorBoard(folder / "tensorboard"))
+        if m.wandb != "off":
+            config = recipe.model_dump(mode="json")
+            self._sinks.append(WeightsAndBiases(folder, mode=m.wandb, project=m.wandb_project, config=config))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def event(self, alert: Alert) -> None:
+        self._events.line(asdict(alert))
+
+    def close(self) -> None:
+        for sink in (self._events, *self._sinks):
+            sink.close()
+
+
+def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
+    """One line a person reads while it runs: reward, entropy against target, T, alpha, lengths, estimated end."""
+    ends = time.strftime("%H:%M", time.localtime(time.time() + (steps - step) * m["time/step"]))
+    return (
+        f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  "
+        f"entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:g})  "
+        f"T {m['dcpo/temperature']:g}  alpha {m['dcpo/alpha']:.3f}  length {m['rollout/length_mean']:.0f}  "
+        f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s  ends about {ends}"
+    )
