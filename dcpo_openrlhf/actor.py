@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -16,6 +17,11 @@ install_flash_attn_stub()
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
 from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
+
+if TYPE_CHECKING:
+    from dcpo_openrlhf.checkpoint import FileSum
+    from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+    from dcpo_openrlhf.megatron.memory import Offload
 
 
 class MegatronActorBase(BaseModelActor):
@@ -49,15 +55,16 @@ class MegatronActorBase(BaseModelActor):
         self.policy = build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=self.mesh)
         self.step = PolicyStep(
             self.policy,
-            self.mesh,
             optimizer=recipe.optimizer,
             loss=recipe.loss,
             micro_batch_size=recipe.train.micro_batch_size,
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
             total_updates=max_steps,
         )
         self._updates: list[Rows] = []
-        self._entropy_coefficient = strategy.entropy_coefficient
-        self._connect(recipe, vllm_engines)
+        self.weight_sync: Any = None
+        if vllm_engines:  # a replay has none
+            self._connect(recipe, vllm_engines)
         return self.mesh.data_rank
 
     def _connect(self, recipe: Recipe, engines: Sequence[Any]) -> None:
@@ -68,7 +75,7 @@ class MegatronActorBase(BaseModelActor):
             transport=recipe.transport,
             rank=self._rank,
             engines=engines,
-            source=MegatronWeightSource(self.policy, tensor_size=self.mesh.tensor_size),
+            source=MegatronWeightSource(self.policy),
             deadline_s=recipe.weight_sync.deadline,
             engine_world_size=recipe.rollout.tensor_parallel,
             verify=recipe.weight_sync.verify,
@@ -76,9 +83,10 @@ class MegatronActorBase(BaseModelActor):
         )
 
     def token_statistics(self, rows: Rows, temperatures: list[float]) -> dict[str, torch.Tensor] | None:
-        """Token statistics of this data rank's rows; from one rank of each replica, None from the others."""
+        """Token statistics of this data rank's rows, and which these are; None from all but one rank of a replica."""
         stats = self.step.token_statistics(rows, temperatures=temperatures)
-        return stats if self.mesh.is_data_leader else None
+        assert rows.index is not None
+        return stats | {"index": rows.index} if self.mesh.is_data_leader else None
 
     def greedy(self, prompts: list[list[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
         """The trainer's own greedy continuations, to compare with an engine's."""
@@ -91,7 +99,7 @@ class MegatronActorBase(BaseModelActor):
     def fit(self, kl_ctl: float = 0.0) -> dict[str, float]:
         """One optimizer step for each appended update; the mean of their metrics, the same on every rank."""
         updates, self._updates = self._updates, []
-        metrics = [self.step.update(rows, entropy_coefficient=self._entropy_coefficient) for rows in updates]
+        metrics = [self.step.update(rows, entropy_coefficient=rows.entropy_coefficient) for rows in updates]
         if self.mesh.device.type == "cpu":
             self.empty_cache()
         return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
@@ -100,6 +108,27 @@ class MegatronActorBase(BaseModelActor):
         """Send the weights to every engine; returns their new version."""
         self.weight_sync.send_weights()
         return self.weight_sync.version
+
+    @cached_property
+    def checkpoint(self) -> "PolicyCheckpoint":
+        from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+
+        return PolicyCheckpoint(self.step)
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Copy this rank's state; a thread writes it to the folder."""
+        self.onload()  # a signal can arrive while a colocated engine generates
+        self.checkpoint.save(Path(folder))
+
+    def finish_checkpoint(self) -> "dict[str, FileSum]":
+        """Wait for that thread; sums of the files that this rank wrote."""
+        return self.checkpoint.finish()
+
+    def load_checkpoint(self, folder: str, weights_version: int) -> None:
+        """Continue where the checkpoint was saved; the next weight sync counts on from `weights_version`."""
+        self.checkpoint.load(Path(folder))
+        if self.weight_sync is not None:
+            self.weight_sync.version = weights_version
 
     def save_model(self, output: str) -> str:
         """Write the policy as a Hugging Face folder (rank 0 writes, the others help to gather)."""
@@ -113,6 +142,21 @@ class MegatronActorBase(BaseModelActor):
             for _ in tensors:
                 pass
         return output
+
+    @cached_property
+    def _offload(self) -> "Offload":
+        from dcpo_openrlhf.megatron.memory import Offload
+
+        return Offload(self.step)
+
+    def offload(self) -> None:
+        """Move weights and optimizer to host memory: colocated engines generate now."""
+        self._offload.away()
+        self.empty_cache()
+
+    def onload(self) -> None:
+        """Take weights and optimizer back to the device."""
+        self._offload.back()
 
     def peak_memory_gib(self) -> float:
         """Peak resident memory of this process, or of its device on cuda [GiB]."""
@@ -147,7 +191,7 @@ class MegatronActorGroup(RayActorGroup):
         self.data_ranks = ray.get(refs, timeout=timeout)
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[ray.ObjectRef]:
-        """Each item of each list is one mini-batch of rows, cut evenly over the data ranks; one ref an actor."""
+        """Each item of each list is one mini-batch of rows, dealt over the data ranks; one ref an actor."""
         parts = max(self.data_ranks) + 1
         refs = []
         cut = {r: ray.put({k: [_part(item, r, parts) for item in v] for k, v in kwargs.items()}) for r in range(parts)}
@@ -157,16 +201,17 @@ class MegatronActorGroup(RayActorGroup):
         return refs
 
     def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
-        """Results of `async_run_method_batch` put together again: one dict of [batch, ...] tensors a mini-batch."""
+        """`token_statistics` of all data ranks in the order of the rows: one dict of [batch, ...] a mini-batch."""
         by_rank: dict[int, list[dict[str, torch.Tensor]]] = {}
         for data_rank, results in zip(self.data_ranks, ray.get(refs), strict=True):
             if results[0] is not None:
                 by_rank[data_rank] = results
-        ordered = [by_rank[rank] for rank in sorted(by_rank)]
-        return [
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            for parts in zip(*ordered, strict=True)
-        ]
+        gathered = []
+        for parts in zip(*by_rank.values(), strict=True):
+            whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            order = whole.pop("index").argsort()
+            gathered.append({name: values[order] for name, values in whole.items()})
+        return gathered
 
 
 def _part(item: Any, rank: int, parts: int) -> Any:

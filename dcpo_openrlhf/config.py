@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Expanded = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path)).expanduser())]
 """A path in which ~ and $VARIABLES are filled in."""
@@ -54,6 +54,8 @@ class Model(Section):
     vocab_multiple: Positive = 128
     """The vocabulary is padded to a multiple of this times the tensor parallel size; padded rows are masked."""
     trust_remote_code: bool = False
+    config: Expanded | None = None
+    """config.json that --dry-run plans with while `path` does not hold the model yet; a run never reads it."""
 
 
 class Task(Section):
@@ -107,6 +109,8 @@ class Method(Section):
     """lambda of entropy_reg; unused by the other methods."""
     entropy_adv_beta: Annotated[float, Field(ge=0)] = 0.4
     entropy_adv_kappa: Annotated[float, Field(gt=0)] = 2.0
+    aepo_max_rows: Positive = 60
+    """aepo: most rows of a step that rows drawn at T replace (authors' code)."""
 
 
 class Loss(Section):
@@ -129,6 +133,8 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Bound of the global gradient norm."""
+    cpu_offload: Fraction = 0.0
+    """Share of the optimizer's state that is kept and stepped in host memory, cuda only (megatron-core's offload)."""
 
 
 class Train(Section):
@@ -140,9 +146,13 @@ class Train(Section):
     group_size: Annotated[int, Field(ge=1)] = 8
     """G, responses per prompt."""
     micro_batch_size: Positive = 8
-    """Rows of one forward/backward on one data-parallel rank."""
+    """Rows of one forward/backward on one data-parallel rank; not used where micro_batch_tokens is set."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens of one forward/backward on one data-parallel rank: rows are packed up to that many, without padding."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation of megatron-core."""
+    rollout_only: bool = False
+    """Generate and grade the steps' responses with the model as it is; no policy is started, nothing is trained."""
 
 
 class Parallel(Section):
@@ -151,10 +161,23 @@ class Parallel(Section):
     """Training devices on each node (logical ones on cpu)."""
     tensor: Positive = 1
     pipeline: Positive = 1
+    virtual_pipeline: Positive = 1
+    """Model chunks on each pipeline stage; above 1: megatron-core's interleaved schedule."""
     context: Positive = 1
+    """Ranks that share each sequence; every response is padded to a multiple of twice this."""
     expert: Positive = 1
+    """Ranks that share the experts of a layer; taken from the tensor, context and data ranks."""
     sequence_parallel: bool = False
     """Split activations along the sequence over the tensor ranks between the matrix multiplies."""
+    colocate: bool = False
+    """Engines share the training devices: either side is asleep, in host memory, while the other one works."""
+    device_memory_gb: Annotated[float, Field(gt=0)] = 80.0
+    """Memory of one training or engine device [GiB], which the estimate must fit into; without effect on cpu."""
+
+    @property
+    def expert_tensor(self) -> int:
+        """Parts that an expert is cut into: as the dense layers, or one where the experts themselves are shared out."""
+        return self.tensor if self.expert == 1 else 1
 
     @property
     def world_size(self) -> int:
@@ -187,6 +210,10 @@ class Rollout(Section):
     """Threads of one engine on cpu; None: all cores divided by the engines."""
     timeout: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds for one batch of responses before the run is ended with an error."""
+    record: bool = False
+    """Write every response with its tokens and log-probs to samples/step_NNNNNN.pt, for rollout.replay."""
+    replay: Expanded | None = None
+    """Folder of a recorded run, or its samples/: train on its responses; no engine is started."""
 
     @property
     def context(self) -> int:
@@ -195,7 +222,7 @@ class Rollout(Section):
 
 class WeightSync(Section):
     transport: Literal["auto", "nccl", "ipc", "gloo", "shared_memory"] = "auto"
-    """auto: nccl on cuda, shared_memory on cpu on one node, gloo on cpu on several."""
+    """auto: nccl on cuda (ipc if colocated), shared_memory on cpu on one node, gloo on cpu on several."""
     deadline: Annotated[float, Field(gt=0)] = 300.0
     """Seconds for one sync before it is an error."""
     port: Port | None = None
@@ -215,18 +242,75 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
+    every: Annotated[int, Field(ge=0)] = 50
+    """Save each this many steps; 0: never, and not on a signal either."""
+    asynchronous: bool = True
+    """Write while the next step's responses are generated; false: the step waits until the checkpoint is whole."""
+    keep_last: Positive = 2
+    """Newest whole checkpoints that are kept."""
+    keep_best: bool = True
+    """Also keep the best one: by held-out accuracy where it was evaluated, else by mean reward."""
+    resume: Literal["never", "auto"] | Expanded = "never"
+    """auto: from the newest whole checkpoint in run.dir, else from the start. Or the folder of one (step_NNNNNN)."""
+    on_signal: bool = True
+    """SIGTERM and SIGINT save the state after the last finished step before the run ends."""
+    signal_timeout: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds that finishing the update in progress and saving may take after a signal; then the run ends unsaved."""
     export_hf: bool = True
     """Write a Hugging Face folder after the last step."""
 
 
+Action = Literal["warn", "stop", "nothing"]
+"""warn: log and events.jsonl. stop: also save, export and end the run. nothing: counted in metrics.jsonl alone."""
+
+
 class Monitor(Section):
-    mismatch_bound: Annotated[float, Field(gt=0)] = 0.01
-    """Alert above this mean |p_trainer - p_engine| (verl: < 0.005 is normal, > 0.01 is bad)."""
     on_policy_only: bool = True
     """Refuse rollouts that were made with other weights than the trainer's."""
+    window: Annotated[int, Field(ge=3)] = 10
+    """Steps that trends and changes are taken over."""
+    patience: Positive = 3
+    """Steps in a row for which a cause must hold before it is an alert."""
+    entropy_band: Fraction = 0.5
+    """The target band is H_0 (1 - entropy_band) to H_0 (1 + entropy_band)."""
+    truncation_bound: Fraction = 0.25
+    """Alert above this share of responses cut off at rollout.max_new_tokens."""
+    mismatch_bound: Annotated[float, Field(gt=0)] = 0.01
+    """Alert above this mean |p_trainer - p_engine| (verl: < 0.005 is normal, > 0.01 is bad)."""
+    ratio_mean_tolerance: Annotated[float, Field(gt=0)] = 0.5
+    """Alert where the mean of rho is farther than this from 1, its expectation."""
+    ratio_ess_bound: Fraction = 0.1
+    """Alert below this effective share of the tokens, (sum rho)^2 / (n sum rho^2)."""
+    hacking_change: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Alert where, over the window, the reward rises and the form of correct answers falls by at least this."""
+    on_collapse: Action = "warn"
+    on_explosion: Action = "warn"
+    on_truncation: Action = "warn"
+    on_mismatch: Action = "warn"
+    on_reward_hacking: Action = "warn"
+    on_rho_degenerate: Action = "warn"
+    on_weak_regulariser: Action = "warn"
     tensorboard: bool = True
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
+    """Weights & Biases; offline writes to RUN/wandb, for `wandb sync`. (YAML reads a bare off as false.)"""
+    wandb_project: str = "dcpo_openrlhf"
     samples_per_step: Annotated[int, Field(ge=0)] = 8
     """Responses written to samples/ at each step."""
+
+
+class Estimate(Section):
+    """What --dry-run assumes for its time a step; no run reads it. Replace the guesses by what you measure."""
+
+    prompt_tokens: Positive = 200
+    """Mean tokens of a prompt."""
+    response_tokens: Positive = 1500
+    """Mean tokens of a response; rollout.max_new_tokens at most."""
+    engine_tokens_per_second: Annotated[float, Field(gt=0)] = 2000.0
+    """Generated by one engine device, all its sequences together."""
+    device_tflops: Annotated[float, Field(gt=0)] = 312.0
+    """Peak of a training device [10^12 FLOP/s]; A800 in bf16: 312."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of that peak that training reaches."""
 
 
 class Recipe(Section):
@@ -246,13 +330,14 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
+    estimate: Estimate = Estimate()
 
     @property
     def transport(self) -> str:
         if self.weight_sync.transport != "auto":
             return self.weight_sync.transport
         if self.run.device == "cuda":
-            return "nccl"
+            return "ipc" if self.parallel.colocate else "nccl"
         return "shared_memory" if self.parallel.nodes == 1 else "gloo"
 
     @property
@@ -260,6 +345,11 @@ class Recipe(Section):
         if self.rollout.dtype != "auto":
             return self.rollout.dtype
         return {"bf16": "bfloat16", "fp32": "float32"}[self.model.dtype]
+
+    @property
+    def generates(self) -> bool:
+        """Engines make the responses; a replay reads them."""
+        return self.rollout.replay is None
 
     @property
     def updates_per_step(self) -> int:
@@ -279,6 +369,8 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
     split = p.tensor * p.pipeline * p.context
     rows = t.prompts_per_update * t.group_size
     data = max(p.data, 1)
+    multiple = 2 * p.context if p.context > 1 else 1
+    longest = -(-r.rollout.context // multiple) * multiple
     return [
         (
             t.group_size >= 2,
@@ -304,6 +396,45 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
             r.evaluation.temperature > 0 or r.evaluation.samples == 1,
             f"evaluation.samples = {r.evaluation.samples} at evaluation.temperature = 0 repeat one answer; "
             "use samples = 1 or a temperature above 0",
+        ),
+        (
+            r.rollout.replay is None or not (t.rollout_only or r.rollout.record),
+            "rollout.replay reads recorded responses: train.rollout_only and rollout.record have no use; unset them",
+        ),
+        (
+            not t.rollout_only or r.checkpoint.resume == "never",
+            "train.rollout_only has nothing to resume: its policy is the model; set checkpoint.resume=never",
+        ),
+        (
+            p.expert == 1 or p.world_size % (p.expert * p.pipeline) == 0,
+            f"parallel.expert * pipeline = {p.expert} * {p.pipeline} must divide nodes * devices_per_node = "
+            f"{p.nodes} * {p.devices_per_node} = {p.world_size}; lower one of them",
+        ),
+        (
+            r.optimizer.cpu_offload == 0 or r.run.device == "cuda",
+            f"optimizer.cpu_offload = {r.optimizer.cpu_offload} needs run.device = cuda: on cpu it is all "
+            "in host memory already; set 0",
+        ),
+        (
+            not p.colocate or r.rollout.engines * r.rollout.tensor_parallel <= p.world_size,
+            f"parallel.colocate puts rollout.engines * tensor_parallel = {r.rollout.engines} * "
+            f"{r.rollout.tensor_parallel} on {p.world_size} training devices; lower one of them",
+        ),
+        (
+            not p.colocate or (r.generates and not t.rollout_only),
+            "parallel.colocate needs both training and engines; unset it, rollout.replay or train.rollout_only",
+        ),
+        (
+            p.virtual_pipeline == 1 or p.pipeline > 1,
+            f"parallel.virtual_pipeline = {p.virtual_pipeline} needs parallel.pipeline > 1, got {p.pipeline}; "
+            "raise pipeline or leave it at 1",
+        ),
+        (
+            t.micro_batch_tokens is None or t.micro_batch_tokens >= longest,
+            f"train.micro_batch_tokens = {t.micro_batch_tokens} must hold the longest response: "
+            f"rollout.max_prompt_tokens + max_new_tokens = {r.rollout.context}"
+            + (f", filled up to {longest} for parallel.context = {p.context}" if p.context > 1 else "")
+            + "; raise it",
         ),
         (
             not p.sequence_parallel or p.tensor > 1,

@@ -1,14 +1,16 @@
 """From responses to advantages: one forward of pi_old, the controller's T and alpha, target ratio, mixed advantage."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
+from dcpo_openrlhf.checks import require_possible_statistics
 from dcpo_openrlhf.controller import ControllerDecision, EntropyController
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 
@@ -17,7 +19,8 @@ install_flash_attn_stub()
 from openrlhf.trainer.ppo_utils.experience import Experience, tensor_field  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 
-from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
+from dcpo_openrlhf.megatron.batch import Rows, join  # noqa: E402
+from dcpo_openrlhf.tasks import Prompt  # noqa: E402
 
 
 @dataclass
@@ -33,13 +36,53 @@ class DCPOExperience(Experience):
     advantage_terms: tuple[Float[Tensor, "batch time-1"], ...] = ()
     """Advantages whose clipped surrogates are summed."""
 
+    entropy_coefficient: float = 0.0
+    """lambda of avg H_t in the objective, with gradient (entropy_reg)."""
+    expected_weight: Float[Tensor, " batch"] | None = None
+    """Weight of sum_a pi_old^T(a) log pi_theta(a) on each row's tokens; None for every method but dcpo_expected."""
+    expected_temperature: float | None = None
+    """T of that sum."""
+    tempered: "DCPOExperience | None" = None
+    """Rows of this update that were drawn from pi_old^T: trained on, and no part of the step's metrics."""
+    replaced: Bool[Tensor, " batch"] | None = None
+    """Rows whose place those take; None: they stand beside all rows."""
+    separate_averages: objectives.Aggregation | None = None
+    """Aggregation of a method that averages the two populations apart; None: one average over all rows."""
+
     @property
     def mask(self) -> Tensor:
         assert self.action_mask is not None
         return self.action_mask.bool()
 
     def rows(self) -> Rows:
-        return Rows(self.sequences, self.attention_mask.bool(), self.mask, self.action_log_probs, self.advantage_terms)
+        """What the policy is trained on in this update."""
+        own = Rows(
+            self.sequences,
+            self.attention_mask.bool(),
+            self.mask,
+            self.action_log_probs,
+            self.advantage_terms,
+            entropy_coefficient=self.entropy_coefficient,
+            expected_weight=self.expected_weight,
+            expected_temperature=self.expected_temperature,
+        )
+        if self.tempered is None:
+            return own
+        if self.replaced is not None:
+            own = own.take((~self.replaced).nonzero().flatten())
+        rows = join(own, self.tempered.rows())
+        if self.separate_averages is None:
+            return rows
+        scale = objectives.population_scale(
+            mask=rows.action_mask,
+            tempered_rows=torch.arange(len(rows)) >= len(own),
+            aggregation=self.separate_averages,
+        )
+        return replace(rows, scale=scale)
+
+
+AEPO_SHARE = 4
+"""aepo draws again for one prompt in this many: the first quarter of the step (authors' code)."""
 
 
 class DCPOExperienceMaker(RemoteExperienceMaker):
@@ -54,6 +97,11 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.method = objectives.METHODS[self.recipe.method.name]
         self.decision: ControllerDecision | None = None
 
+        self.step = 0
+        """The step in hand; the trainer sets it, with its prompts."""
+        self.prompts: Sequence[Prompt] = ()
+        self.resample: Callable[[float, int], list[Experience]] | None = None
+        """(T, n) -> G graded responses of pi_old^T to each of the step's first n prompts; set by the trainer."""
         self.temperatures = [self.recipe.method.temperature_low, self.recipe.method.temperature_high]
         """Every T that the switching rule may choose: both come out of the one forward, before the entropy is known."""
 
@@ -74,15 +122,22 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             experience.action_log_probs = stats["logp"]
             experience.entropy = stats["entropy"]
             experience.tempered_log_probs = stats["tempered_logp"]
+        require_possible_statistics(
+            samples_list, step=self.step, prompts=self.prompts, group_size=self.recipe.train.group_size
+        )
         return samples_list
 
     def _statistics(self, experiences: list[DCPOExperience], temperatures: list[float]) -> list[dict[str, Tensor]]:
+        rows = [e.rows() for e in experiences]
+        data = self.recipe.parallel.data  # every data rank takes equally many rows: the first ones fill it up
+        full = [r.take(torch.arange(-(-len(r) // data) * data) % len(r)) for r in rows]
         refs = self.actor_model_group.async_run_method_batch(
-            "token_statistics",
-            rows=[e.rows() for e in experiences],
-            temperatures=[temperatures] * len(experiences),
+            "token_statistics", rows=full, temperatures=[temperatures] * len(full)
         )
-        return self.actor_model_group.gather(refs)
+        found = self.actor_model_group.gather(refs)
+        return [
+            {name: values[: len(r)] for name, values in stats.items()} for r, stats in zip(rows, found, strict=True)
+        ]
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:
@@ -90,25 +145,76 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         exact, sampled = batch_entropies(experiences)
         success_rate = float(torch.cat([e.rewards for e in experiences]).mean())
         self.decision = self.controller.step(exact, sampled, success_rate)
-        m = self.recipe.method
-        alpha = self.decision.alpha if self.method.uses_alpha else 0.0
         for e, tempered_logp in zip(experiences, self._tempered(experiences, self.decision.temperature), strict=True):
-            e.target_ratio = objectives.target_ratio(
-                old_logp=e.action_log_probs, tempered_logp=tempered_logp, mask=e.mask
-            )
-            e.advantage_terms = objectives.method_advantage(
-                self.method,
-                group_advantage=objectives.group_advantage(reward=e.rewards, group_size=self.recipe.train.group_size),
-                success=e.rewards,
-                target_ratio=e.target_ratio,
-                entropy=e.entropy,
-                alpha=alpha,
-                mixing=m.mixing,
-                entropy_adv_beta=m.entropy_adv_beta,
-                entropy_adv_kappa=m.entropy_adv_kappa,
-            )
-            e.advantages = e.advantage_terms[0]
+            self._set_advantages(e, tempered_logp)
+        if self.method.samples == "policy+tempered":
+            self._add_tempered_rows(experiences)
         return experiences
+
+    def _set_advantages(
+        self, e: DCPOExperience, tempered_logp: Float[Tensor, "batch time-1"], *, tempered: bool = False
+    ) -> None:
+        """Target ratio and advantages of whole groups; `tempered`: of rows drawn from pi_old^T."""
+        assert self.decision is not None
+        m, rewards, t = self.recipe.method, e.rewards, self.recipe.train
+        alpha = self.decision.alpha if self.method.uses_alpha else 0.0
+        e.target_ratio = objectives.target_ratio(old_logp=e.action_log_probs, tempered_logp=tempered_logp, mask=e.mask)
+        e.advantage_terms = objectives.method_advantage(
+            self.method,
+            group_advantage=torch.zeros_like(rewards)
+            if tempered
+            else objectives.group_advantage(reward=rewards, group_size=t.group_size),
+            success=rewards,
+            target_ratio=e.target_ratio,
+            entropy=e.entropy,
+            alpha=alpha,
+            mixing=m.mixing,
+            tempered_rows=torch.full_like(rewards, tempered, dtype=torch.bool),
+            entropy_adv_beta=m.entropy_adv_beta,
+            entropy_adv_kappa=m.entropy_adv_kappa,
+        )
+        e.advantages = e.advantage_terms[0]
+        e.entropy_coefficient = m.entropy_coefficient if self.method.entropy_gradient else 0.0
+        e.expected_weight = objectives.expected_weight(self.method, success=rewards, alpha=alpha, mixing=m.mixing)
+        e.expected_temperature = self.decision.temperature if self.method.expected_regulariser else None
+
+    def _add_tempered_rows(self, experiences: list[DCPOExperience]) -> None:
+        """Rows drawn from pi_old^T for each update: beside its own rows (j2, j4), or in place of some (aepo)."""
+        assert self.decision is not None and self.resample is not None
+        t, temperature = self.recipe.train, self.decision.temperature
+        if not self.method.replaces_rows:
+            drawn = self.resample(temperature, t.prompts_per_step)
+            for e, tempered in zip(experiences, self.split_rollout_samples(drawn), strict=True):
+                e.tempered, e.separate_averages = tempered, self.recipe.loss.aggregation
+        else:
+            drawn = self.resample(temperature, -(-t.prompts_per_step // AEPO_SHARE))
+            self._replace_rows(experiences, drawn)
+        extra = [e.tempered for e in experiences if e.tempered is not None]
+        for tempered, stats in zip(extra, self._statistics(extra, [temperature]) if extra else [], strict=True):
+            tempered.action_log_probs, tempered.entropy = stats["logp"], stats["entropy"]
+            tempered.tempered_log_probs = stats["tempered_logp"]
+            self._set_advantages(tempered, stats["tempered_logp"][..., 0], tempered=True)
+
+    def _replace_rows(self, experiences: list[DCPOExperience], drawn: list[Experience]) -> None:
+        """The best of `drawn` take the place of rows chosen at random over all updates of the step."""
+        assert self.decision is not None
+        reward = torch.cat([sample.rewards for sample in drawn])
+        m, group_size = self.recipe.method, self.recipe.train.group_size
+        chosen = objectives.aepo_rows(
+            group_advantage=objectives.group_advantage(reward=reward, group_size=group_size),
+            above_target=self.decision.entropy > m.target_entropy,
+            limit=m.aepo_max_rows,
+        )
+        sizes = [len(e.sequences) for e in experiences]
+        generator = torch.Generator().manual_seed(self.recipe.run.seed * 2**20 + self.step)
+        places = torch.randperm(sum(sizes), generator=generator)[: len(chosen)]
+        taken = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, places, True)
+        queue = iter(chosen[torch.randperm(len(chosen), generator=generator)].tolist())
+        for e, replaced in zip(experiences, taken.split(sizes), strict=True):
+            mine = [drawn[next(queue)] for _ in range(int(replaced.sum()))]
+            if mine:
+                merged = Experience.concat_experiences(mine, self.tokenizer.pad_token_id)
+                e.tempered, e.replaced = DCPOExperience(**vars(merged)), replaced
 
     def _tempered(self, experiences: list[DCPOExperience], temperature: float) -> list[Float[Tensor, "batch time-1"]]:
         """log pi_old^T at the chosen T; a T that was not foreseen (the continuous rule) costs a second forward."""

@@ -337,6 +337,8 @@ class Method:
     """What is maximised; S is the clipped surrogate, avg the aggregation."""
     samples: Literal["policy", "policy+tempered"] = "policy"
     """Rows are drawn from pi_old, or some of them from pi_old^T (log-probs at T = 1 either way)."""
+    replaces_rows: bool = False
+    """Rows of pi_old^T take the place of rows of pi_old (`aepo_rows`); else each prompt has G of both."""
     ratio_weight: RatioWeight | None = None
     """What weighs R of a sampled token; None where no sampled regulariser exists."""
     mix: Mix = _merged
@@ -381,6 +383,7 @@ METHODS: dict[str, Method] = {
     "aepo": Method(
         equation="avg S(A), A = 1 on the rows of π_old^T that replaced others",
         samples="policy+tempered",
+        replaces_rows=True,
         ratio_weight="one",
         mix=_replaced_rows,
     ),

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 from dcpo_openrlhf.config import Recipe
-from dcpo_openrlhf.objectives import METHODS
 
 
 def install_flash_attn_stub() -> None:
@@ -131,9 +130,6 @@ class RecipeStrategy:
 
     def __init__(self, recipe: Recipe, *, rank: int = 0) -> None:
         self.recipe = recipe
-        self.entropy_coefficient = (
-            recipe.method.entropy_coefficient if METHODS[recipe.method.name].entropy_gradient else 0.0
-        )
         self.args = openrlhf_args(recipe)
         self.rank = rank
 

@@ -1,8 +1,10 @@
 """Before anything starts: every violation that recipe, model folder and machine show, all at once, with its remedy."""
 
 import difflib
+import importlib.metadata
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +12,29 @@ from typing import Any
 
 import torch
 
+from dcpo_openrlhf import checkpoint, memory
 from dcpo_openrlhf.config import Recipe, RecipeError
+from dcpo_openrlhf.megatron.names import ARCHITECTURES, ROPE_TYPES
 from dcpo_openrlhf.objectives import METHODS
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # qwen3_moe is in names.TABLE and not trained yet
-_SIZES = ("num_attention_heads", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+_SIZES = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+)
+TESTED = {
+    "torch": "2.13.0",
+    "megatron-core": "0.16.1",
+    "openrlhf": "0.11.2",
+    "ray": "2.55.0",
+    "transformers": "5.15.0",
+    "vllm": "0.29.0",
+}
+"""Versions that pyproject.toml pins."""
+LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
 _IMPLEMENTED = {
     # keys of config.json whose other values would train another model than the engine serves
     "hidden_act": "silu",
@@ -27,12 +47,52 @@ _IMPLEMENTED = {
 }
 
 
-def check(recipe: Recipe) -> None:
-    """Raise RecipeError with one line for each violation; nothing has been started or written then."""
-    parts = (_method, _model, _mesh, _run_folder, _data_files, _ports, _cluster, _devices)
-    violations = [text for part in parts for text in part(recipe)]
-    if violations:
-        raise RecipeError("the recipe cannot run:\n" + "\n".join(f"  {text}" for text in violations))
+def check(recipe: Recipe, *, dry_run: bool = False) -> list[str]:
+    """Raise RecipeError with one line for each violation; nothing has been started or written then.
+
+    dry_run: what this machine lacks (GPUs, weights, data, room) is no error and is returned instead, so that a recipe
+    can be planned anywhere.
+    """
+    wrong = [text for part in (_method, _model) for text in part(recipe, dry_run)]
+    parts = (_weights, _run_folder, _resume, _replay, _data_files, _disk, _ports, _cluster, _devices, _packages)
+    lacking = [text for part in parts for text in part(recipe)]
+    if dry_run and _config_file(recipe, dry_run=True) == recipe.model.config:
+        lacking.insert(0, f"model.path = {recipe.model.path} holds no model yet; download it there")
+    if wrong or (lacking and not dry_run):
+        raise RecipeError("the recipe cannot run:\n" + "\n".join(f"  {text}" for text in wrong + lacking))
+    return lacking
+
+
+def plan(recipe: Recipe, lacking: list[str]) -> str:
+    """Devices, memory, packages and what this machine lacks, as YAML comments: --dry-run prints it after the recipe."""
+    hf = json.loads(_config_file(recipe, dry_run=True).read_text())
+    lines = [memory.report(memory.Sizes.of(hf), recipe), packages()]
+    lines += [f"note: {text}" for text in hints(recipe)]
+    lines += [f"a run on this machine would be refused: {text}" for text in lacking]
+    return "\n".join(f"# {line}" for line in "\n".join(lines).splitlines())
+
+
+def packages() -> str:
+    """Versions found of the packages that a run stands on, beside those it was tested with where they differ."""
+    found = {name: _version(name) for name in TESTED}
+    return "packages: " + ", ".join(
+        f"{name} {version or 'missing'}" + ("" if _same(version, TESTED[name]) else f" (tested with {TESTED[name]})")
+        for name, version in found.items()
+    )
+
+
+def hints(recipe: Recipe) -> list[str]:
+    """What is no violation and yet worth a look."""
+    said = []
+    if recipe.parallel.nodes > 1:
+        folders = [recipe.run.dir, recipe.model.path, *([recipe.task.train] if recipe.task.train else [])]
+        local = [f"{folder} ({kind})" for folder in folders if (kind := _file_system(folder)) in LOCAL_FILE_SYSTEMS]
+        if local:
+            said.append(
+                f"parallel.nodes = {recipe.parallel.nodes}, and every node must see the same files: "
+                f"{', '.join(local)} looks like this machine's own disk; use a shared file system"
+            )
+    return said
 
 
 def check_cluster(recipe: Recipe, *, gpus: float, cpus: float) -> None:
@@ -47,8 +107,11 @@ def check_cluster(recipe: Recipe, *, gpus: float, cpus: float) -> None:
 
 
 def devices(recipe: Recipe) -> int:
-    """Ray GPUs of a run: trainer ranks plus engines * their tensor parallel size."""
-    return recipe.parallel.world_size + recipe.rollout.engines * recipe.rollout.tensor_parallel
+    """Ray GPUs of a run: trainer ranks plus engines * their tensor parallel size; a replay needs no engines."""
+    train = 0 if recipe.train.rollout_only else recipe.parallel.world_size
+    if recipe.parallel.colocate:
+        return train
+    return train + (recipe.rollout.engines * recipe.rollout.tensor_parallel if recipe.generates else 0)
 
 
 def _devices_sum(recipe: Recipe) -> str:
@@ -56,29 +119,34 @@ def _devices_sum(recipe: Recipe) -> str:
     return (
         f"the run needs {devices(recipe)} devices: {p.nodes} nodes * {p.devices_per_node} for training "
         f"+ {r.engines} engines * tensor_parallel {r.tensor_parallel}"
+        + (", without the engines" if not recipe.generates else "")
+        + (", without training" if recipe.train.rollout_only else "")
     )
 
 
-def _method(recipe: Recipe) -> Iterator[str]:
+def _method(recipe: Recipe, _: bool = False) -> Iterator[str]:
     name = recipe.method.name
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         yield f"method.name = {name!r} is not a row of objectives.METHODS; {hint}choose one of {', '.join(METHODS)}"
-    elif METHODS[name].samples != "policy" or METHODS[name].expected_regulariser:
-        yield (
-            f"method.name = {name!r} is in the table and tested as maths, but the trainer cannot feed it yet; "
-            "choose another"
-        )
 
 
-def _model(recipe: Recipe) -> Iterator[str]:
-    folder = recipe.model.path
-    config = folder / "config.json"
+def _config_file(recipe: Recipe, *, dry_run: bool) -> Path:
+    """The model's config.json; for a dry run the one of model.config where the model is not there yet."""
+    file = recipe.model.path / "config.json"
+    if dry_run and recipe.model.config is not None and not os.path.isfile(file):
+        return recipe.model.config
+    return file
+
+
+def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
+    folder, config = recipe.model.path, _config_file(recipe, dry_run=dry_run)
     if not os.path.isfile(config):  # Path.is_file would raise where the folder may not be entered
         yield (
             f"model.path = {folder} is not a Hugging Face model folder (no readable config.json); "
             "download one, or make the demo's model with: python -m tools.smollm2"
+            + ("; or plan with model.config=FILE, its config.json" if dry_run else "")
         )
         return
     try:
@@ -90,18 +158,93 @@ def _model(recipe: Recipe) -> Iterator[str]:
         seen = hf.get("model_type") if isinstance(hf, dict) else hf
         yield f"model_type = {seen!r} in {config} is not supported; use one of {', '.join(ARCHITECTURES)}"
         return
-    missing = [name for name in _SIZES if not isinstance(hf.get(name), int)]
+    if "num_local_experts" in hf:  # what transformers 5 writes for it
+        hf.setdefault("num_experts", hf["num_local_experts"])
+    sizes = _SIZES + (("num_experts", "moe_intermediate_size") if hf["model_type"].endswith("moe") else ())
+    missing = [name for name in sizes if not isinstance(hf.get(name), int)]
     if missing:
         yield f"{config} has no {', '.join(missing)}; complete it from the model's source"
         return
-    for part in (_weights(folder), _features(hf, config), _divisibility(recipe, hf), _context(recipe, hf)):
-        yield from part
+    divided = list(_divisibility(recipe, hf))
+    yield from (*_features(hf, config), *divided, *_context(recipe, hf))
+    if not divided:  # a mesh that does not fit the model has no memory to speak of
+        yield from memory.violations(memory.Sizes.of(hf), recipe)
 
 
-def _weights(folder: Path) -> Iterator[str]:
-    names = ("model.safetensors", "model.safetensors.index.json")
-    if not any(os.path.isfile(folder / name) for name in names):
-        yield f"model.path = {folder} has no weights ({' or '.join(names)}); save the model as safetensors there"
+def _weights(recipe: Recipe) -> Iterator[str]:
+    folder = recipe.model.path
+    if not os.path.isfile(folder / "config.json"):
+        return  # said by _model, or by check for a dry run
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single] if os.path.isfile(single) else []
+    if os.path.isfile(index):
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            yield f"{index} cannot be read ({error!r}); download the model again"
+            return
+    if not files:
+        yield (
+            f"model.path = {folder} has no weights ({single.name} or {index.name}); save the model as safetensors there"
+        )
+    missing = [file.name for file in files if not os.access(file, os.R_OK)]
+    if missing:
+        yield f"model.path = {folder}: {', '.join(missing)} cannot be read; complete the download"
+
+
+def _disk(recipe: Recipe) -> Iterator[str]:
+    try:
+        sizes = memory.Sizes.of(json.loads((recipe.model.path / "config.json").read_text()))
+        free = shutil.disk_usage(_nearest(recipe.run.dir)).free
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # said elsewhere, or not known here
+    need = memory.disk_bytes(sizes, recipe)
+    if need > free:
+        yield (
+            f"run.dir = {recipe.run.dir} has {free / memory.GIB:.1f} GiB of disk left, checkpoints and export take up "
+            f"to {need / memory.GIB:.1f}; make room, or lower checkpoint.keep_last"
+        )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the closest one above it that exists."""
+    # os.path.exists says no where Path.exists raises: inside a folder that this user may not enter
+    while not os.path.exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds `path` ("" where the kernel does not say)."""
+    place, best = str(_nearest(path.absolute()).resolve()), ("", "")
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in mounts:
+        _, mount, kind, *_ = line.split()
+        if (place + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
+            best = mount, kind
+    return best[1]
+
+
+def _packages(recipe: Recipe) -> Iterator[str]:
+    missing = [name for name in TESTED if _version(name) is None]
+    if missing:
+        yield f"not installed: {', '.join(missing)}; install a lock file of docker/"
+
+
+def _version(name: str) -> str | None:
+    for candidate in (name, f"{name}-cpu"):
+        try:
+            return importlib.metadata.version(candidate)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _same(found: str | None, tested: str) -> bool:
+    return found is not None and found.partition("+")[0] == tested
 
 
 def _features(hf: dict[str, Any], config: Path) -> Iterator[str]:
@@ -110,39 +253,46 @@ def _features(hf: dict[str, Any], config: Path) -> Iterator[str]:
             yield f"{name} = {hf[name]!r} in {config} is not implemented, only {value!r}; use another model"
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        yield f"rope_type = {kind!r} in {config} is not implemented, only 'default'; use another model"
+    if kind not in ROPE_TYPES:
+        yield f"rope_type = {kind!r} in {config} is not implemented, only {', '.join(ROPE_TYPES)}; use another model"
+    if rope.get("attention_factor") is not None:
+        yield (
+            f"attention_factor = {rope['attention_factor']!r} in {config} is not implemented: it is derived from "
+            "factor; remove it or use another model"
+        )
 
 
 def _divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
-    heads = hf["num_attention_heads"]
-    counts = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads") or heads,
-        "intermediate_size": hf["intermediate_size"],
-    }
-    allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in counts.values()))
-    for key, tensor in (
-        ("parallel.tensor", recipe.parallel.tensor),
-        ("rollout.tensor_parallel", recipe.rollout.tensor_parallel),
+    p = recipe.parallel
+    heads, experts = hf["num_attention_heads"], hf.get("num_experts")
+    counts = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
+    width = "moe_intermediate_size" if experts else "intermediate_size"
+    cut = {width: hf[width]}  # experts that are shared out stay whole in the trainer, never in the engine
+    for key, tensor, sizes in (
+        ("parallel.tensor", p.tensor, counts | (cut if p.expert == 1 else {})),
+        ("rollout.tensor_parallel", recipe.rollout.tensor_parallel, counts | cut),
     ):
-        for name, count in counts.items():
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in sizes.values()))
+        for name, count in sizes.items():
             # vLLM gives each rank a copy where there are more ranks than key/value heads
             copied = key.startswith("rollout") and name == "num_key_value_heads" and tensor % count == 0
             if count % tensor and not copied:
                 yield f"{key} = {tensor} must divide {name} = {count}; this model allows {allowed}"
-    layers, stages = hf["num_hidden_layers"], recipe.parallel.pipeline
-    if layers % stages:
-        yield f"parallel.pipeline = {stages} must divide num_hidden_layers = {layers}; lower it"
-
-
-def _mesh(recipe: Recipe) -> Iterator[str]:
-    for name in ("pipeline", "context", "expert"):
-        size = getattr(recipe.parallel, name)
-        if size > 1:
-            yield f"parallel.{name} = {size} is not supported yet: weight sync and export cut over tensor alone; set 1"
-    if recipe.parallel.sequence_parallel:
-        yield "parallel.sequence_parallel = true is not supported yet: packed lengths are not padded for it; set false"
+    layers, chunks = hf["num_hidden_layers"], p.pipeline * p.virtual_pipeline
+    if layers % chunks:
+        yield (
+            f"parallel.pipeline * virtual_pipeline = {p.pipeline} * {p.virtual_pipeline} must divide "
+            f"num_hidden_layers = {layers}; lower one of them"
+        )
+    if not experts and p.expert > 1:
+        yield f"parallel.expert = {p.expert} needs a model with experts, got model_type = {hf['model_type']!r}; set 1"
+    if experts and experts % p.expert:
+        yield f"parallel.expert = {p.expert} must divide num_experts = {experts}; lower it"
+    if experts and p.tensor > 1 and not p.sequence_parallel:
+        yield (
+            f"parallel.tensor = {p.tensor} of a model with experts needs parallel.sequence_parallel = true: "
+            "megatron-core trains them no other way; set it"
+        )
 
 
 def _context(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
@@ -156,17 +306,46 @@ def _context(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
 
 def _run_folder(recipe: Recipe) -> Iterator[str]:
     folder = recipe.run.dir
-    nearest = folder
-    # os.path.exists says no where Path.exists raises: inside a folder that this user may not enter
-    while not os.path.exists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = _nearest(folder)
     if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
         yield (
             f"run.dir = {folder}: {nearest} is not a folder that this user can read and write; "
             "name another run.dir or change its permissions"
         )
-    elif os.path.exists(folder / "metrics.jsonl"):
-        yield f"run.dir = {folder} already holds a run (metrics.jsonl), which stays as it is; name another run.dir"
+    elif os.path.exists(folder / "metrics.jsonl") and not _continues(recipe):
+        yield (
+            f"run.dir = {folder} already holds a run (metrics.jsonl), which stays as it is; name another run.dir, "
+            "or continue it with checkpoint.resume=auto"
+        )
+
+
+def _continues(recipe: Recipe) -> bool:
+    """Does checkpoint.resume mean the run that run.dir holds?"""
+    resume = recipe.checkpoint.resume
+    own = (recipe.run.dir / "checkpoints").absolute()
+    return resume == "auto" or (isinstance(resume, Path) and resume.absolute().parent == own)
+
+
+def _resume(recipe: Recipe) -> Iterator[str]:
+    try:
+        checkpoint.resume_point(recipe, quick=True)
+    except RecipeError as error:
+        yield str(error)
+
+
+def _replay(recipe: Recipe) -> Iterator[str]:
+    folder = recipe.rollout.replay
+    if folder is None:
+        return
+    samples = folder / "samples" if os.path.isdir(folder / "samples") else folder
+    recorded = [step for step in range(1, recipe.train.steps + 1) if os.path.isfile(samples / f"step_{step:06d}.pt")]
+    if samples.absolute() == (recipe.run.dir / "samples").absolute():
+        yield f"rollout.replay = {folder} is the run.dir itself; name another run.dir"
+    if len(recorded) < recipe.train.steps:
+        yield (
+            f"rollout.replay = {folder} holds the responses of {len(recorded)} of {recipe.train.steps} steps "
+            "(step_NNNNNN.pt); record them with rollout.record=true, or lower train.steps"
+        )
 
 
 def _data_files(recipe: Recipe) -> Iterator[str]:

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "dcpo_openrlhf.weight_sync.worker.WorkerExtension"
 # Prompts shorter than a block are never shared; vLLM's default of 128 on CPU switches prefix caching off for them.
 CPU_BLOCK_SIZE = 32
+CPU_BATCHED_TOKENS = 4096
 # Engines that share cores with training must sleep, not spin, while they wait.
 CPU_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 # As OpenRLHF: the share of a device that lets engine and trainer actors sit on one.
@@ -51,6 +52,7 @@ COLOCATED_SHARE = 0.2
 # An async actor runs this many calls at a time; more would leave control calls waiting behind prompts.
 MAX_CONCURRENCY = 16384
 POLL_S = 2.0
+QUEUE_POLL_S = 0.001
 CHILD_EXIT_S = 10.0
 
 
@@ -152,6 +154,23 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
             _response(prompt, label, ids, sample, version)
             for sample in sorted(final.outputs, key=lambda output: output.index)
         ]
+
+    async def generate_groups(self, requests: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """`generate_responses` of several requests, in their order.
+
+        The scheduler starts when all of them are queued, so equal requests meet in equal batches: in bf16 the logits
+        of a token depend a little on its batch.
+        """
+        waiting = self.get_num_unfinished_requests()
+        await self.llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            groups = [asyncio.ensure_future(self.generate_responses(**request)) for request in requests]
+            expected = waiting + sum(request["num_samples"] for request in requests)
+            while self.get_num_unfinished_requests() < expected and not any(group.done() for group in groups):
+                await asyncio.sleep(QUEUE_POLL_S)
+        finally:
+            await self.llm.resume_generation()
+        return await asyncio.gather(*groups)
 
     # Health.
 
@@ -261,7 +280,7 @@ def create_rollout_engines(
         raise ValueError(f'device must be "cpu" or "cuda", not {device!r}')
     colocated = placement_group is not None
     if placement_group is None:
-        placement_group = _own_placement_group(count, tensor_parallel, timeout_s)
+        placement_group = device_group(count * tensor_parallel, timeout_s)
     if bundle_indices is None:
         bundle_indices = [get_bundle_indices(placement_group, i, tensor_parallel) for i in range(count)]
     kwargs: dict[str, Any] = {
@@ -281,7 +300,7 @@ def create_rollout_engines(
         "disable_log_stats": True,
         "max_num_seqs": max_num_seqs,
         "env": dict(env or {}),
-        **_device_kwargs(device, tensor_parallel, gpu_memory_utilization, cpu_kv_cache_gb, block_size),
+        **_device_kwargs(device, tensor_parallel, max_model_len, gpu_memory_utilization, cpu_kv_cache_gb, block_size),
     }
     if transport == "ipc":
         # The handles are CUDA objects, which vLLM sends to its workers as pickles.
@@ -317,6 +336,7 @@ def create_rollout_engines(
 def _device_kwargs(
     device: str,
     tensor_parallel: int,
+    max_model_len: int,
     gpu_memory_utilization: float,
     cpu_kv_cache_gb: float,
     block_size: int | None,
@@ -327,6 +347,9 @@ def _device_kwargs(
             "distributed_executor_backend": "mp",
             "block_size": block_size or CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": int(cpu_kv_cache_gb * 2**30),
+            # After a part of a prompt vLLM rewinds the request's generator, which CPU generators cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
         }
     return {
         "distributed_executor_backend": "uni" if tensor_parallel == 1 else "ray",
@@ -335,8 +358,9 @@ def _device_kwargs(
     }
 
 
-def _own_placement_group(count: int, tensor_parallel: int, timeout_s: float) -> "PlacementGroup":
-    bundles = [{"GPU": 1.0, "CPU": 1.0} for _ in range(count * tensor_parallel)]
+def device_group(count: int, timeout_s: float) -> "PlacementGroup":
+    """A placement group of `count` devices, each a Ray GPU and a CPU. Raises RuntimeError where they are not free."""
+    bundles = [{"GPU": 1.0, "CPU": 1.0} for _ in range(count)]
     group = make_placement_group(bundles, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=timeout_s)
@@ -344,7 +368,8 @@ def _own_placement_group(count: int, tensor_parallel: int, timeout_s: float) -> 
         remove_placement_group(group)
         total = ray.cluster_resources()
         raise RuntimeError(
-            f"rollout engines * tensor_parallel = {count} * {tensor_parallel} must fit Ray's free GPUs and CPUs; "
+            f"{count} devices (rollout engines * tensor_parallel, or those shared with training) must fit Ray's free "
+            "GPUs and CPUs; "
             f"the cluster has {total.get('GPU', 0):g} GPUs and {total.get('CPU', 0):g} CPUs, some of them in use; "
             "lower rollout.engines or add nodes"
         ) from error
@@ -439,31 +464,35 @@ class DCPOSamplesGenerator(SamplesGenerator):
         for prompt, ids in zip(prompts, token_ids, strict=True):
             require_room(ids, max_new_tokens, max_len, prompt)
         engine_of = self._assign(len(token_ids), n_samples)
-        calls = [
-            self.vllm_engines[engine_of[index]].generate_responses.remote(
-                prompt=prompt,
-                label=label,
-                sampling_params=self._sampling_params(
-                    seed=request_seed(self.seed, step, index),
-                    max_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                ),
-                max_length=max_len,
-                hf_tokenizer=None,
-                num_samples=n_samples,
-                prompt_token_ids=ids,
+        requests: dict[int, list[dict[str, Any]]] = {}
+        for index, (prompt, label, ids) in enumerate(zip(prompts, labels, token_ids, strict=True)):
+            params = self._sampling_params(
+                seed=request_seed(self.seed, step, index),
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
             )
-            for index, (prompt, label, ids) in enumerate(zip(prompts, labels, token_ids, strict=True))
-        ]
-        groups = _gather(
-            calls,
-            engine_of,
+            requests.setdefault(engine_of[index], []).append(
+                {
+                    "prompt": prompt,
+                    "label": label,
+                    "sampling_params": params,
+                    "max_length": max_len,
+                    "hf_tokenizer": None,
+                    "num_samples": n_samples,
+                    "prompt_token_ids": ids,
+                }
+            )
+        answers = _gather(
+            [self.vllm_engines[engine].generate_groups.remote(batch) for engine, batch in requests.items()],
+            list(requests),
             timeout_s=self.timeout_s,
             doing=f"generating for step {step}",
             remedy="see its log; resume from the last checkpoint, and raise rollout.timeout if it was only slow",
         )
+        of_engine = {engine: iter(groups) for engine, groups in zip(requests, answers, strict=True)}
+        groups = [next(of_engine[engine]) for engine in engine_of]
         return [
             self._process_response_into_experience(response, max_len=max_len) for group in groups for response in group
         ]

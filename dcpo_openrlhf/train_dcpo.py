@@ -11,33 +11,38 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from dcpo_openrlhf import preflight, tasks
+from dcpo_openrlhf import checkpoint, preflight, signals, tasks
 from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe, resolved_yaml
+from dcpo_openrlhf.monitor_causes import MonitorStop
+from dcpo_openrlhf.signals import Interrupted
 
 logger = logging.getLogger("dcpo_openrlhf")
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived: everything this run started is ended on the way out."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the recipe ran to its end, 2 when recipe or data cannot run, 128 + signal after a signal."""
+    """Exit status: 0 when the recipe ran to its end, 2 when recipe or data cannot run, 3 where the monitor ended it,
+    128 + signal after a signal.
+    """
     arguments = _parser().parse_args(argv)
     _log_to_stdout()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        preflight.check(recipe)
+        lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
-            print(resolved_yaml(recipe), end="")
+            print(resolved_yaml(recipe) + preflight.plan(recipe, lacking))
             return 0
+        for hint in preflight.hints(recipe):
+            logger.warning("%s", hint)
         run(recipe)
     except (RecipeError, tasks.TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MonitorStop as stop:
+        print(f"ended by the monitor: {stop}", file=sys.stderr)
+        return 3
     except Interrupted as interrupted:
         number = interrupted.args[0]
         print(f"ended by {signal.Signals(number).name}; every process of this run is gone", file=sys.stderr)
@@ -49,9 +54,13 @@ def run(recipe: Recipe) -> None:
     """Read the data, join or start Ray, start engines and policy, train, and leave nothing behind."""
     tokenizer = _tokenizer(recipe)
     prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
-    recipe.run.dir.mkdir(parents=True, exist_ok=True)
-    (recipe.run.dir / "recipe.yaml").write_text(resolved_yaml(recipe))
-    with _signals_raise() as install, contextlib.ExitStack() as stack:
+    point = checkpoint.resume_point(recipe)
+    if point is not None:
+        prompts.load_state_dict(point.state()["prompts"])
+    checkpoint.prepare_run_folder(recipe, point)
+    c = recipe.checkpoint
+    bound = c.signal_timeout if c.every and c.on_signal else 0.0
+    with signals.raising(bound) as install, contextlib.ExitStack() as stack:
         _join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
         # these import ray, vllm and megatron: seconds that bad input should not cost
@@ -66,8 +75,29 @@ def run(recipe: Recipe) -> None:
             )
         )
         engines, group = _start_actors(recipe, strategy, stack)
-        trainer = DCPOTrainer(strategy, group, engines, tokenizer, prompts=prompts, heldout=heldout, grader=grader)
-        trainer.fit()
+        trainer = DCPOTrainer(
+            strategy, group, engines, tokenizer, prompts=prompts, heldout=heldout, grader=grader, point=point
+        )
+        try:
+            trainer.generate_only() if recipe.train.rollout_only else trainer.fit()
+        except Interrupted:
+            if bound:
+                _before_exit(trainer.save_before_exit, signals.seconds_left())
+            raise
+        except Exception:
+            _before_exit(trainer.checkpoints.finish, c.signal_timeout)
+            raise
+
+
+def _before_exit(save: Callable[[], Any], seconds: float) -> None:
+    """save() in at most `seconds`; where that fails, say so: the run ends for another reason, and that one is told."""
+    try:
+        with signals.limit(seconds):
+            save()
+    except signals.OutOfTime:
+        logger.warning("no checkpoint of the last step: checkpoint.signal_timeout is over; the last whole one stays")
+    except Exception as error:
+        logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
 
 
 def _log_to_stdout() -> None:
@@ -87,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", required=True, metavar="FILE", help="YAML; it lists only what differs from the schema's defaults"
     )
-    parser.add_argument("--dry-run", action="store_true", help="validate and print the resolved recipe; start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate, print the resolved recipe, plan and memory; start nothing"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="typed by the schema, for example train.steps=10"
     )
@@ -154,14 +186,45 @@ def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
 
 
 def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) -> tuple[list[Any], Any]:
-    """Rollout engines and policy ranks, started side by side; both are ended when the stack unwinds."""
+    """Rollout engines (none for a replay) and policy ranks (None where nothing is trained), started side by side.
+
+    Both are ended when the stack unwinds.
+    """
     import ray
 
     from dcpo_openrlhf.actor import MegatronActor, MegatronActorGroup
-    from dcpo_openrlhf.rollout import create_rollout_engines, shutdown_engines, wait_until_ready
+    from dcpo_openrlhf.rollout import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
 
-    r, p, begin = recipe.rollout, recipe.parallel, time.monotonic()
-    engines = create_rollout_engines(
+    p, begin = recipe.parallel, time.monotonic()
+    shared = device_group(p.world_size, recipe.run.startup_timeout) if p.colocate else None
+    engines = _create_engines(recipe, shared) if recipe.generates else []
+    stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
+    group = None
+    if not recipe.train.rollout_only:
+        share: Any = COLOCATED_SHARE if shared else 1  # annotated int by OpenRLHF, which itself passes fractions
+        group = MegatronActorGroup(p.nodes, p.devices_per_node, cast(Any, MegatronActor), cast(Any, shared), share)
+        stack.callback(_kill, group)
+    ranks = p.world_size if group else 0
+    logger.info("starting %d rollout engines and %d policy ranks", len(engines), ranks)
+    wait_until_ready(engines, recipe.run.startup_timeout)
+    if shared:  # the policy needs the memory to be built
+        ray.get([engine.sleep.remote() for engine in engines])
+    if group is not None:
+        updates = recipe.train.steps * recipe.updates_per_step
+        group.init(strategy, updates, engines, timeout=recipe.run.startup_timeout)
+    logger.info(
+        "engines and policy are ready after %.0f s (%s)",
+        time.monotonic() - begin,
+        ray.cluster_resources().get("GPU", 0),
+    )
+    return engines, group
+
+
+def _create_engines(recipe: Recipe, shared: Any) -> list[Any]:
+    from dcpo_openrlhf.rollout import create_rollout_engines
+
+    r = recipe.rollout
+    return create_rollout_engines(
         count=r.engines,
         tensor_parallel=r.tensor_parallel,
         model=str(recipe.model.path),
@@ -170,6 +233,8 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
         dtype=recipe.engine_dtype,
         device=recipe.run.device,
         transport=recipe.transport,
+        placement_group=shared,
+        enable_sleep=shared is not None and recipe.run.device == "cuda",  # vLLM's CPU build has no such mode
         gpu_memory_utilization=r.gpu_memory_utilization,
         cpu_kv_cache_gb=r.cpu_kv_cache_gb,
         cpu_threads=r.cpu_threads,
@@ -179,19 +244,6 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
         max_num_seqs=r.max_sequences,
         timeout_s=recipe.run.startup_timeout,
     )
-    stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
-    group = MegatronActorGroup(p.nodes, p.devices_per_node, cast(Any, MegatronActor))
-    stack.callback(_kill, group)
-    logger.info("starting %d rollout engines and %d policy ranks", r.engines, p.world_size)
-    wait_until_ready(engines, recipe.run.startup_timeout)
-    updates = recipe.train.steps * recipe.updates_per_step
-    group.init(strategy, updates, engines, timeout=recipe.run.startup_timeout)
-    logger.info(
-        "engines and policy are ready after %.0f s (%s)",
-        time.monotonic() - begin,
-        ray.cluster_resources().get("GPU", 0),
-    )
-    return engines, group
 
 
 def _kill(group: Any) -> None:
@@ -199,28 +251,6 @@ def _kill(group: Any) -> None:
 
     for actor in group._actor_handlers:
         ray.kill(actor)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM raise Interrupted once, so that all that was started ends in order; a second is ignored."""
-
-    def handle(number: int, _: Any) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    def install() -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, handle)
-
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    install()
-    try:
-        yield install
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The loop, as the algorithm reads: rollout, reward, forward of pi_old, controller, update, weight sync, metrics."""
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,23 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dcpo_openrlhf import tasks
+from dcpo_openrlhf import signals, tasks
+from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
+from dcpo_openrlhf.checks import require_possible_samples
 from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.controller import EntropyController
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
-from dcpo_openrlhf.monitor import MetricsLog, progress_line, rollout_metrics
+from dcpo_openrlhf.monitor import Monitor, batch_metrics
+from dcpo_openrlhf.monitor_causes import MonitorStop
+from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay
 from dcpo_openrlhf.rewards import Grade, GraderPool
 from dcpo_openrlhf.rollout import DCPOSamplesGenerator
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_STEP = 1 << 30
-"""Added to the step in the seeds of evaluation requests, so that they never repeat those of training."""
 
 
 class DCPOTrainer(BasePPOTrainer):
@@ -42,6 +45,7 @@ class DCPOTrainer(BasePPOTrainer):
         prompts: tasks.PromptStream,
         heldout: Sequence[tasks.Prompt],
         grader: GraderPool,
+        point: Checkpoint | None = None,
     ) -> None:
         super().__init__(strategy, actor_group, None, None, None, engines, tokenizer)  # type: ignore[arg-type]
         recipe: Recipe = strategy.recipe
@@ -50,83 +54,230 @@ class DCPOTrainer(BasePPOTrainer):
         self.experience_maker = DCPOExperienceMaker(
             actor_group, None, None, None, self.kl_ctl, strategy, tokenizer, controller=self.controller
         )
-        self.generator = DCPOSamplesGenerator(
-            strategy, None, None, tokenizer, engines, seed=recipe.run.seed, timeout_s=recipe.rollout.timeout
-        )
-        self.log = MetricsLog(recipe.run.dir, tensorboard=recipe.monitor.tensorboard)
+        self.experience_maker.resample = self.tempered_rollout
+        self.generator = make_generator(strategy, engines, tokenizer)
+        self.monitor, self.log = Monitor(recipe), MetricsLog(recipe)
         self.weights_version = 0
+        c = recipe.checkpoint
+        self.checkpoints = CheckpointFolder(
+            recipe.run.dir / "checkpoints",
+            keep_last=c.keep_last,
+            keep_best=c.keep_best,
+            write=lambda folder: ray.get(actor_group.async_run_method("save_checkpoint", str(folder))),
+            finish=lambda: ray.get(actor_group.async_run_method("finish_checkpoint")),
+        )
+        self.point = point
+        self.begin = time.monotonic()
+        self.history: list[dict[str, float]] = []
+        self.before: float | None = None
+        self.settled: tuple[dict[str, Any], dict[str, float]] | None = None
+        """State and scores after the last finished step of this process: what a checkpoint saves."""
 
     def fit(self, global_step: int = 0) -> None:
-        """Run the recipe: evaluation, `train.steps` steps, evaluation, export, report."""
-        recipe, begin = self.recipe, time.monotonic()
-        self.sync_weights()
-        history, before = [], self.evaluate(0)
-        for step in range(1, recipe.train.steps + 1):
+        """Run the recipe, or the rest of it: evaluation, `train.steps` steps, evaluation, export, report."""
+        recipe, done = self.recipe, self.start()
+        for step in range(done + 1, recipe.train.steps + 1):
             clock = Stopwatch()
             samples = self.rollout(step)
             clock.lap("rollout")
+            self.finish_checkpoint()
+            clock.lap("checkpoint")
             experiences: list[Any] = self.experience_maker.make_experience_batch(samples)
             clock.lap("token_stats")
-            put(experiences, self.actor_model_group)
-            status = self.ppo_train(step)
-            clock.lap("train")
-            self.sync_weights()
-            clock.lap("weight_sync")
-            history.append(self.record(step, experiences, status | clock.seconds()))
+            with signals.held():  # a signal that arrives during an update waits for its end
+                put(experiences, self.actor_model_group)
+                status = self.ppo_train(step)
+                clock.lap("train")
+                self.sync_weights()
+                clock.lap("weight_sync")
+                self.history.append(self.record(step, experiences, status | clock.seconds()))
+                self.settle(step)
             if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.train.steps:
-                self.evaluate(step)
-        after = self.evaluate(recipe.train.steps)
+                self.settle(step, heldout_accuracy=self.evaluate(step))
+            if recipe.checkpoint.every and (step % recipe.checkpoint.every == 0 or self.monitor.stopping):
+                self.begin_checkpoint()
+            if self.monitor.stopping:
+                break
+        after = self.evaluate(step)
+        self.finish_checkpoint()
         exported = self.export()
-        self.report(before, after, history, minutes=(time.monotonic() - begin) / 60, exported=exported)
+        self.report(self.before, after, self.history, minutes=self.minutes(), exported=exported)
+        self.close()
+
+    def start(self) -> int:
+        """The step after which this run continues, 0 for one that begins; engines hold that step's weights then."""
+        if self.point is None:
+            self.sync_weights()
+            self.before = self.evaluate(0)
+            return 0
+        state, folder = self.point.state(), str(self.point.path)
+        # the sync below repeats the checkpoint's last one, for engines that have just started
+        self.weights_version = state["weights_version"] - 1
+        ray.get(self.actor_model_group.async_run_method("load_checkpoint", folder, self.weights_version))
+        self.sync_weights()
+        self.prompts.load_state_dict(state["prompts"])
+        self.controller.load_state_dict(state["controller"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.grader.timeouts, self.grader.crashes = state["grader"]
+        self.history, self.before = state["history"], state["heldout_before"]
+        self.begin -= 60 * state["minutes"]
+        self.checkpoints.saved_step = self.point.step
+        return self.point.step
+
+    def settle(self, step: int, *, heldout_accuracy: float | None = None) -> None:
+        """Remember what a checkpoint of this step saves beside the policy: everything that the next step reads."""
+        scores = {"reward_mean": self.history[-1]["rollout/reward_mean"]}
+        if heldout_accuracy is not None:
+            scores["heldout_accuracy"] = heldout_accuracy
+        state = {
+            "step": step,
+            "weights_version": self.weights_version,
+            "prompts": self.prompts.state_dict(),
+            "controller": self.controller.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "grader": [self.grader.timeouts, self.grader.crashes],
+            "history": list(self.history),
+            "heldout_before": self.before,
+            "minutes": self.minutes(),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        self.settled = state, scores
+
+    def begin_checkpoint(self) -> None:
+        """Start the checkpoint of the last finished step; it is finished after the next rollout, or at once."""
+        assert self.settled is not None
+        with signals.held():
+            self.checkpoints.begin(*self.settled)
+        if not self.recipe.checkpoint.asynchronous:
+            self.finish_checkpoint()
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the checkpoint in flight, if any, is whole."""
+        with signals.held():
+            self.checkpoints.finish()
+
+    def save_before_exit(self) -> None:
+        """A whole checkpoint of the last finished step, if this process finished one that is not saved."""
+        self.checkpoints.finish()
+        if self.settled is not None and self.settled[0]["step"] > self.checkpoints.saved_step:
+            self.checkpoints.begin(*self.settled)
+            self.checkpoints.finish()
+
+    def minutes(self) -> float:
+        """Minutes of this run, those before its checkpoint included."""
+        return (time.monotonic() - self.begin) / 60
+
+    def generate_only(self) -> None:
+        """`train.rollout_only`: the responses of every step, graded, of the model as it is."""
+        for step in range(1, self.recipe.train.steps + 1):
+            clock = Stopwatch()
+            samples = self.rollout(step)
+            clock.lap("rollout")
+            metrics = {
+                "train/step": step,
+                "rollout/reward_mean": float(torch.cat([s.rewards for s in samples]).mean()),
+                "rollout/length_mean": float(torch.cat([s.response_length for s in samples]).float().mean()),
+                "rollout/truncated_fraction": float(torch.cat([s.truncated for s in samples]).float().mean()),
+                **clock.seconds(),
+            }
+            self.log.write(step, metrics)
+            logger.info("step %d/%d  reward %.2f", step, self.recipe.train.steps, metrics["rollout/reward_mean"])
         self.log.close()
 
     def rollout(self, step: int) -> list[Any]:
         """G responses of the current policy to each of the step's prompts, graded."""
         r, t = self.recipe.rollout, self.recipe.train
         prompts = self.prompts.take(t.prompts_per_step)
-        samples = self._generate(prompts, step=step, n_samples=t.group_size, temperature=r.temperature, top_p=r.top_p)
-        self._require_current_weights(samples, step)
+        self.experience_maker.step, self.experience_maker.prompts = step, prompts
+        samples, texts, self.grades = self._rollout(prompts, step=step, request=step, temperature=r.temperature)
+        self._keep_samples(step, prompts, texts, self.grades)
+        return samples
+
+    def tempered_rollout(self, temperature: float, count: int) -> list[Any]:
+        """G graded responses of pi_old^T to each of the step's first `count` prompts (j2, j4, aepo)."""
+        step, prompts = self.experience_maker.step, self.experience_maker.prompts[:count]
+        return self._rollout(prompts, step=step, request=TEMPERED_STEP + step, temperature=temperature)[0]
+
+    def _rollout(
+        self, prompts: Sequence[tasks.Prompt], *, step: int, request: int, temperature: float
+    ) -> tuple[list[Any], list[str], list[Grade]]:
+        """Responses of the current weights, their texts and their grades; every value is checked."""
+        size = self.recipe.train.group_size
+        samples = self._generate(
+            prompts, step=request, n_samples=size, temperature=temperature, top_p=self.recipe.rollout.top_p
+        )
         texts, grades = self._grade(samples)
         for sample, grade in zip(samples, grades, strict=True):
             sample.rewards = sample.info["reward"] = torch.tensor([grade.reward])
-        self._keep_samples(step, prompts, texts, grades)
-        return samples
+        version = self.weights_version if self.recipe.monitor.on_policy_only else None
+        require_possible_samples(samples, step=step, prompts=prompts, group_size=size, weights_version=version)
+        return samples, texts, grades
 
     def sync_weights(self) -> None:
-        """Send the policy to every engine and check that each reports the new version."""
-        self.broadcast_to_vllm()
-        versions = set(ray.get([engine.weight_version.remote() for engine in self.vllm_engines]))
+        """Send the policy to every engine and check that each reports the new version; a replay has none."""
         self.weights_version += 1
+        if not self.vllm_engines:
+            return
+        with self._engines_awake(["weights"], policy_away=False):
+            self.broadcast_to_vllm()
+        versions = set(ray.get([engine.weight_version.remote() for engine in self.vllm_engines]))
         if versions != {self.weights_version}:
             raise RuntimeError(
                 f"engines serve weight versions {sorted(versions)} after the sync of version {self.weights_version}"
             )
 
+    @contextlib.contextmanager
+    def _engines_awake(self, parts: list[str] | None = None, *, policy_away: bool) -> Iterator[None]:
+        """Colocated engines take the devices for this block (None: wholly); others have devices of their own."""
+        if not self.recipe.parallel.colocate:
+            yield
+            return
+        group, engines = self.actor_model_group, self.vllm_engines
+        if policy_away:
+            ray.get(group.async_run_method("offload"))
+        ray.get([engine.wake_up.remote(tags=parts) for engine in engines])
+        yield
+        ray.get([engine.sleep.remote() for engine in engines])
+        if policy_away:
+            ray.get(group.async_run_method("onload"))
+
     def record(self, step: int, experiences: list[DCPOExperience], status: dict[str, float]) -> dict[str, float]:
         """Write the step's metrics and the progress line; returns the metrics."""
-        decision = self.experience_maker.decision
+        decision, begin = self.experience_maker.decision, time.monotonic()
         assert decision is not None
-        metrics = {
-            "train/step": step,
-            **rollout_metrics(experiences),
-            "entropy/target": self.recipe.method.target_entropy,
-            "dcpo/temperature": decision.temperature,
-            "dcpo/alpha": decision.alpha if self.experience_maker.method.uses_alpha else 0.0,
-            "dcpo/no_success_steps": float(self.controller.no_success_count),
-            "reward/timeouts": float(self.grader.timeouts),
-            "reward/crashes": float(self.grader.crashes),
-            "weights/version": self.weights_version,
-            **status,
-        }
+        m = self.recipe.method
+        alpha = decision.alpha if self.experience_maker.method.uses_alpha else 0.0
+        found = batch_metrics(
+            experiences, grades=self.grades, prompts=self.experience_maker.prompts, alpha=alpha, mixing=m.mixing
+        )
+        metrics, alerts = self.monitor.observe(
+            step,
+            {
+                "train/step": step,
+                **found,
+                "entropy/target": m.target_entropy,
+                "dcpo/temperature": decision.temperature,
+                "dcpo/alpha": alpha,
+                "dcpo/no_success_steps": float(self.controller.no_success_count),
+                "reward/timeouts": float(self.grader.timeouts),
+                "reward/crashes": float(self.grader.crashes),
+                "weights/version": self.weights_version,
+                **status,
+            },
+        )
+        metrics["time/monitor"] = time.monotonic() - begin
         self.log.write(step, metrics)
         logger.info(progress_line(step, self.recipe.train.steps, metrics))
-        if metrics["mismatch/prob_diff_mean"] > self.recipe.monitor.mismatch_bound:
-            logger.warning(
-                "trainer and engine disagree: mean |p - p'| = %.4f > monitor.mismatch_bound = %g",
-                metrics["mismatch/prob_diff_mean"],
-                self.recipe.monitor.mismatch_bound,
-            )
+        for alert in alerts:
+            self.log.event(alert)
+            logger.warning(str(alert))
         return metrics
+
+    def close(self) -> None:
+        """Close the sinks; raises MonitorStop where the monitor ended the run."""
+        self.log.close()
+        if self.monitor.stopping:
+            raise MonitorStop(self.monitor.stopping, saved=f"the run is saved in {self.recipe.run.dir}")
 
     def evaluate(self, global_step: int, **_: Any) -> float | None:  # type: ignore[override]
         """Held-out accuracy (Avg@samples) of the engines' weights; None without held-out problems."""
@@ -197,13 +348,14 @@ class DCPOTrainer(BasePPOTrainer):
 
     def _generate(self, prompts: Sequence[tasks.Prompt], **sampling: Any) -> list[Any]:
         r = self.recipe.rollout
-        return self.generator.generate(
-            [p.text for p in prompts],
-            [p.problem.answer for p in prompts],
-            max_new_tokens=r.max_new_tokens,
-            max_len=r.context,
-            **sampling,
-        )
+        with self._engines_awake(policy_away=True):
+            return self.generator.generate(
+                [p.text for p in prompts],
+                [p.problem.answer for p in prompts],
+                max_new_tokens=r.max_new_tokens,
+                max_len=r.context,
+                **sampling,
+            )
 
     def _grade(self, samples: list[Any]) -> tuple[list[str], list[Grade]]:
         """The text of each response and what it earns."""
@@ -214,15 +366,6 @@ class DCPOTrainer(BasePPOTrainer):
             cut_off = [bool(s.truncated[0]) for s in samples]
             grades = [replace(g, reward=0.0) if cut else g for g, cut in zip(grades, cut_off, strict=True)]
         return texts, grades
-
-    def _require_current_weights(self, samples: list[Any], step: int) -> None:
-        made_with = {int(s.info["weight_version"]) for s in samples}
-        if self.recipe.monitor.on_policy_only and made_with != {self.weights_version}:
-            raise RuntimeError(
-                f"step {step}: responses were made with weight versions {sorted(made_with)}, "
-                f"the policy is at {self.weights_version}; they are not on-policy. "
-                "Look for a failed sync, or set monitor.on_policy_only=false"
-            )
 
     def _keep_samples(self, step: int, prompts: Sequence[tasks.Prompt], texts: list[str], grades: list[Any]) -> None:
         keep = self.recipe.monitor.samples_per_step
@@ -258,6 +401,17 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         return self._laps | {"time/step": self._last - self._begin}
+
+
+def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Responses from the engines, recorded if the recipe says so, or from the recording of an earlier run."""
+    recipe = strategy.recipe
+    if recipe.rollout.replay is not None:
+        return Replay(recipe.rollout.replay)
+    generator = DCPOSamplesGenerator(
+        strategy, None, None, tokenizer, engines, seed=recipe.run.seed, timeout_s=recipe.rollout.timeout
+    )
+    return Recorder(generator, recipe.run.dir / "samples") if recipe.rollout.record else generator
 
 
 def make_controller(recipe: Recipe) -> EntropyController:

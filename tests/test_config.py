@@ -181,6 +181,32 @@ RULES = [
         ["evaluation.temperature=0", "evaluation.samples=4"],
         ["evaluation.samples = 4 at evaluation.temperature = 0", "use samples = 1"],
     ),
+    (
+        ["rollout.replay=runs/a", "rollout.record=true"],
+        ["rollout.replay reads recorded responses", "unset them"],
+    ),
+    (
+        ["train.rollout_only=true", "checkpoint.resume=auto"],
+        ["train.rollout_only has nothing to resume", "set checkpoint.resume=never"],
+    ),
+    (
+        ["parallel.expert=3", "parallel.pipeline=2"],
+        ["parallel.expert * pipeline = 3 * 2 must divide nodes * devices_per_node = 1 * 8 = 8"],
+    ),
+    (["optimizer.cpu_offload=0.5", "run.device=cpu"], ["optimizer.cpu_offload = 0.5 needs run.device = cuda", "set 0"]),
+    (
+        ["parallel.colocate=true", "rollout.tensor_parallel=2"],
+        ["parallel.colocate puts rollout.engines * tensor_parallel = 8 * 2 on 8 training devices; lower one of them"],
+    ),
+    (
+        ["parallel.colocate=true", "train.rollout_only=true", "checkpoint.resume=never"],
+        ["parallel.colocate needs both training and engines; unset it"],
+    ),
+    (["parallel.virtual_pipeline=2"], ["virtual_pipeline = 2 needs parallel.pipeline > 1, got 1", "leave it at 1"]),
+    (
+        ["train.micro_batch_tokens=10242", "rollout.max_new_tokens=8193", "parallel.context=2"],
+        ["micro_batch_tokens = 10242 must hold the longest", "max_new_tokens = 10241, filled up to 10244 for", "raise"],
+    ),
     (["parallel.sequence_parallel=true"], ["sequence_parallel needs parallel.tensor > 1, got 1", "turn it off"]),
     (["task.kind=jsonl"], ["task.kind = jsonl needs task.train", "set task.kind=arithmetic"]),
     (["weight_sync.transport=gloo"], ["weight_sync.transport = gloo is for run.device = cpu", "use nccl or ipc"]),

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from tests.tiny import make_tiny_model
+from tests.tiny import make_biased_model
 
 MARK = "DCPO_TEST_MARK"
 ROOT = Path(__file__).parent.parent
@@ -106,16 +106,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose output layer favours "7", so that about half of its responses end in the right integer."""
-    path = make_tiny_model(tmp_path_factory.mktemp("model"), tie=False)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.no_grad():
-        hidden = policy.model(**tokenizer("What is 3 + 4?", return_tensors="pt")).last_hidden_state[0].mean(0)
-        (seven,) = tokenizer("7", add_special_tokens=False)["input_ids"]
-        policy.lm_head.weight[seven] += 6.0 * hidden / hidden.pow(2).sum()
-    policy.save_pretrained(path)
-    return path
+    return make_biased_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +129,15 @@ def test_run_folder_holds_metrics_samples_and_report(finished: Run) -> None:
     assert "held-out accuracy" in report and "minutes" in report
     assert (finished.folder / "recipe.yaml").is_file() and list((finished.folder / "tensorboard").iterdir())
     assert len(finished.samples(2)) == 8
+
+
+@pytest.mark.long
+def test_colocated_run_on_two_pipeline_stages(tmp_path: Path, model: Path) -> None:
+    mesh = ["parallel.tensor=1", "parallel.pipeline=2", "parallel.colocate=true", "run.logical_devices=2"]
+    run = Run(tmp_path / "run", model, *mesh, "train.micro_batch_tokens=600")
+    assert run.wait(600) == 0, run.log.read_text()[-3000:]
+    for m in run.metrics():
+        assert m["mismatch/prob_diff_mean"] < 1e-4 and m["policy/grad_norm"] > 0
 
 
 def test_nothing_is_left_after_the_end(finished: Run) -> None:

@@ -9,6 +9,7 @@ from dcpo_openrlhf import objectives
 from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import make_controller
 
 from openrlhf.trainer.ppo_utils.experience import Experience  # isort: skip  (dcpo_openrlhf installs the stub it needs)
@@ -49,9 +50,11 @@ def make_maker(**method: Any) -> DCPOExperienceMaker:
         }
     )
     strategy = RecipeStrategy(recipe)
-    return DCPOExperienceMaker(
+    maker = DCPOExperienceMaker(
         FakeGroup(), None, None, None, None, strategy, FakeTokenizer(), controller=make_controller(recipe)
     )
+    maker.prompts = [Prompt(Problem(f"sum-{i}", "", "", ""), "") for i in range(4)]
+    return maker
 
 
 def samples(rewards: list[float]) -> list[Experience]:
@@ -116,6 +119,85 @@ def test_a_temperature_between_the_two_costs_a_second_forward() -> None:
     maker.make_experience_batch(samples(REWARDS))
     assert maker.decision is not None and 0.5 < maker.decision.temperature < 2.0
     assert maker.actor_model_group.calls == [[0.5, 2.0], [maker.decision.temperature]]
+
+
+def test_entropy_reg_and_dcpo_expected_hand_their_terms_to_the_loss() -> None:
+    (first, _) = make_maker(name="entropy_reg", entropy_coefficient=0.25).make_experience_batch(samples(REWARDS))
+    assert first.rows().entropy_coefficient == 0.25 and first.rows().expected_weight is None
+    maker = make_maker(name="dcpo_expected")
+    for update, rewards in zip(maker.make_experience_batch(samples(REWARDS)), (REWARDS[:4], REWARDS[4:]), strict=True):
+        rows = update.rows()
+        assert rows.entropy_coefficient == 0.0 and rows.expected_temperature == 1.2
+        assert rows.expected_weight is not None
+        torch.testing.assert_close(rows.expected_weight, torch.tensor(rewards) * 2.0 / 3.0)  # w = alpha / (1 + alpha)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("j2", lambda rho: torch.ones_like(rho)), ("j4", lambda rho: 1 / rho)])
+def test_j2_and_j4_train_on_rows_of_both_policies_and_average_them_apart(name: str, weight: Any) -> None:
+    maker, asked = make_maker(name=name), []
+
+    def resample(temperature: float, count: int) -> list[Experience]:
+        asked.append((temperature, count))
+        return samples([0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+
+    maker.resample = resample
+    first, _ = maker.make_experience_batch(samples(REWARDS))
+    assert asked == [(1.2, 4)]
+    assert maker.actor_model_group.calls == [[0.8, 1.2], [1.2]]
+    rows = first.rows()
+    assert len(rows) == 8 and first.tempered is not None and rows.old_logp is not None
+    torch.testing.assert_close(rows.old_logp[4:, : first.tempered.mask.shape[1]], first.tempered.action_log_probs)
+    (advantage,) = rows.advantages
+    group = objectives.group_advantage(reward=torch.tensor(REWARDS[:4]), group_size=2) / 3.0  # 1 - w
+    torch.testing.assert_close(advantage[:4], group[:, None].expand_as(advantage[:4]))
+    rho = (first.tempered.action_log_probs / 1.2 - first.tempered.action_log_probs).exp()
+    expected = 2.0 / 3.0 * weight(rho) * torch.tensor([0.0, 1.0, 1.0, 0.0])[:, None]
+    torch.testing.assert_close(advantage[4:][first.tempered.mask], expected[first.tempered.mask])
+    assert rows.scale is not None
+    torch.testing.assert_close(rows.scale, torch.full((8,), 2.0))  # 8 rows of which 4 are averaged by themselves
+    assert first.rewards.tolist() == REWARDS[:4]  # the metrics are those of pi_old's own responses
+
+
+def test_aepo_replaces_rows_over_all_updates_by_the_best_of_the_drawn_ones() -> None:
+    maker, asked = make_maker(name="aepo"), []
+    maker.step = 5
+
+    def resample(temperature: float, count: int) -> list[Experience]:
+        asked.append((temperature, count))
+        drawn = samples([1.0, 0.0])
+        for sample in drawn:
+            sample.sequences = sample.sequences + 50
+        return drawn
+
+    maker.resample = resample
+    updates = maker.make_experience_batch(samples(REWARDS))
+    assert asked == [(1.2, 1)]  # a quarter of four prompts
+    assert sum(int(u.replaced.sum()) for u in updates if u.replaced is not None) == 1
+    for u in updates:
+        rows = u.rows()
+        assert len(rows) == 4
+        drawn = rows.sequences[:, 0] > 50
+        assert int(drawn.sum()) == (0 if u.tempered is None else 1)
+        assert rows.scale is None and (rows.advantages[0][drawn][rows.action_mask[drawn]] == 1.0).all()
+
+
+def test_aepo_trains_on_its_own_rows_where_no_drawn_row_is_better() -> None:
+    maker = make_maker(name="aepo")
+    maker.resample = lambda temperature, count: samples([1.0, 1.0])
+    assert [u.tempered for u in maker.make_experience_batch(samples(REWARDS))] == [None, None]
+
+
+def test_statistics_of_rows_that_do_not_divide_over_the_data_ranks_are_filled_up() -> None:
+    maker = make_maker()
+    maker.recipe = maker.recipe.model_copy(
+        update={"parallel": maker.recipe.parallel.model_copy(update={"devices_per_node": 3})}
+    )
+    (update, _) = maker.split_rollout_samples(samples(REWARDS))
+    sent = []
+    gather = maker.actor_model_group.gather
+    maker.actor_model_group.gather = lambda refs: sent.extend(len(r["logp"]) for r in refs) or gather(refs)
+    (stats,) = maker._statistics([update], [1.2])
+    assert sent == [6] and len(stats["logp"]) == 4
 
 
 def test_responses_that_went_missing_are_an_error() -> None:

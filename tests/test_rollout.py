@@ -80,6 +80,17 @@ def test_samples_of_a_group_differ_and_a_step_repeats(engine, folders):
     assert rows(generate(engine, folders[0], step=4)) != first
 
 
+def test_more_prompt_tokens_than_one_batch_takes(engine, folders):
+    """vLLM cannot rewind a seeded request on CPU, so that none of its prompts may be cut in two."""
+    gen = generator([engine], folders[0])
+    many = [f"{index} {prompt}" for index in range(16) for prompt in prompts(folders[0])]
+    tokens = sum(len(ids) for ids in gen.tokenizer(many, add_special_tokens=False)["input_ids"])
+    assert tokens * 8 > rollout.CPU_BATCHED_TOKENS
+    options = {"step": 0, "n_samples": 8, "max_new_tokens": 2, "max_len": CONTEXT}
+    experiences = gen.generate(many, ["" for _ in many], **options)
+    assert len(experiences) == len(many) * 8
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probs_are_those_of_the_distribution_sampled_from(engine, folders, temperature):
     experiences = generate(engine, folders[0], temperature=temperature)
@@ -148,7 +159,7 @@ def test_processes_end_with_a_killed_actor_and_the_error_names_the_engine(engine
 
 def test_engines_that_the_cluster_cannot_hold_are_refused(folders):
     too_many = engines(folders[0], "gloo", count=8, tensor_parallel=2, timeout_s=2.0)
-    with pytest.raises(RuntimeError, match=r"engines \* tensor_parallel = 8 \* 2 must fit .* has 1 GPUs"), too_many:
+    with pytest.raises(RuntimeError, match=r"16 devices \(rollout engines \* tensor_parallel.* has 1 GPUs"), too_many:
         pass
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dcpo_openrlhf import train_dcpo
+from dcpo_openrlhf import signals, train_dcpo
 from dcpo_openrlhf.config import load_recipe
 from tests.tiny import make_tiny_model
 
@@ -162,6 +163,18 @@ def test_signal_is_told_and_sets_the_exit_status(main: Main, monkeypatch: pytest
     status, _, err = main()
     assert status == 128 + signal.SIGTERM
     assert err.startswith("ended by SIGTERM")
+
+
+def test_a_save_that_takes_too_long_or_fails_is_told_and_the_run_still_ends(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise OSError("no space left")
+
+    with signals.raising():
+        for save, said in [(lambda: time.sleep(30), "checkpoint.signal_timeout is over"), (fails, "no space left")]:
+            caplog.clear()
+            train_dcpo._before_exit(save, 0.2)
+            (warning,) = caplog.messages
+            assert said in warning and "the last whole one stays" in warning
 
 
 def test_unknown_option_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

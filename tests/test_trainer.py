@@ -48,15 +48,6 @@ def test_a_response_that_was_cut_off_earns_nothing_where_the_end_is_required(req
     assert [g.reward for g in grades] == expected
 
 
-def test_responses_of_other_weights_are_refused_unless_the_recipe_allows_them() -> None:
-    mixed = [sample(5), sample(6, version=2)]
-    with pytest.raises(RuntimeError, match=r"step 9.*versions \[2, 3\], the policy is at 3.*on_policy_only=false"):
-        DCPOTrainer._require_current_weights(trainer(make_recipe()), mixed, 9)  # type: ignore[arg-type]
-    DCPOTrainer._require_current_weights(trainer(make_recipe()), [sample(5)], 9)  # type: ignore[arg-type]
-    allowed = make_recipe(monitor={"on_policy_only": False})
-    DCPOTrainer._require_current_weights(trainer(allowed), mixed, 9)  # type: ignore[arg-type]
-
-
 def test_stopwatch_laps_add_up_to_the_step() -> None:
     clock = Stopwatch()
     clock.lap("rollout")

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 WORDS = ("system", "user", "assistant", "answer", "what", "is", "the", "number", "Ġthe", "Ġis", "Ġanswer")
@@ -67,15 +73,17 @@ def make_tiny_model(
     tie: bool = True,
     dtype: str = "float32",
     seed: int = 0,
+    **more: object,
 ) -> Path:
     """Folder `path` with config, weights, tokenizer and generation config of a random model; returned as a Path.
 
-    `architecture` is a key of ARCHITECTURE_FIELDS. The vocabulary is not divisible by 128, so padding is exercised.
+    `architecture` is a key of ARCHITECTURE_FIELDS; `more` are further fields of its config.
+    The vocabulary is not divisible by 128, so padding is exercised.
     Keep hidden / heads at 32 or more: the smallest head that vLLM's CPU attention takes.
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    fields = dict(ARCHITECTURE_FIELDS[architecture])
+    fields = ARCHITECTURE_FIELDS[architecture] | more
     if architecture.startswith("qwen3"):
         fields["head_dim"] = hidden // heads
     if architecture == "qwen3_moe":
@@ -106,6 +114,19 @@ def make_tiny_model(
     )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def make_biased_model(path: str | Path) -> Path:
+    """A random model whose output layer favours "7", so that about half of its responses end in that integer."""
+    path = make_tiny_model(path, tie=False)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = policy.model(**tokenizer("What is 3 + 4?", return_tensors="pt")).last_hidden_state[0].mean(0)
+        (seven,) = tokenizer("7", add_special_tokens=False)["input_ids"]
+        policy.lm_head.weight[seven] += 6.0 * hidden / hidden.pow(2).sum()
+    policy.save_pretrained(path)
     return path
 
 

@@ -1,0 +1,310 @@
+"""What a run takes: memory of every training device and engine, disk, and a rough time a step. Numbers in, numbers out.
+
+From config.json and the recipe alone, before anything is started. Activations are counted as in Korthikanti et al. 2022
+(arXiv 2205.05198, Sec. 4): the tensors that each layer keeps for its backward pass.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dcpo_openrlhf.config import Recipe
+
+GIB = 2**30
+RESERVE = {"cuda": 2 * GIB, "cpu": 0}
+"""Assumed for what no tensor of ours holds: CUDA context, nccl's buffers, the allocator's gaps [bytes]."""
+STATS_BUFFERS = {"cuda": 2 * 2**26 * 4, "cpu": 2 * 2**18 * 4}
+"""Two fp32 blocks of megatron/token_stats.py [bytes]; on cpu for each thread, of which one is counted."""
+BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model's config.json decides about memory and work."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    """Width of the dense MLP, or of one expert."""
+    query: int
+    """Heads * head size."""
+    key: int
+    """Key/value heads * head size."""
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    experts: int
+    """0: a dense model."""
+    experts_per_token: int
+
+    @classmethod
+    def of(cls, hf: Mapping[str, Any]) -> "Sizes":
+        heads = hf["num_attention_heads"]
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+        kv_heads = hf.get("num_key_value_heads") or heads
+        experts = hf.get("num_experts") or hf.get("num_local_experts") or 0  # transformers 5 writes the second
+        return cls(
+            layers=hf["num_hidden_layers"],
+            hidden=hf["hidden_size"],
+            ffn=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
+            query=heads * head_dim,
+            key=kv_heads * head_dim,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab=hf["vocab_size"],
+            tied=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=hf["model_type"] == "qwen2",
+            qk_norm=hf["model_type"].startswith("qwen3"),
+            experts=experts,
+            experts_per_token=hf.get("num_experts_per_tok") or 0,
+        )
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of all experts of all layers."""
+        return self.layers * self.experts * 3 * self.hidden * self.ffn
+
+    @property
+    def parameters(self) -> int:
+        layer = dense_layer(self, 1)
+        return self.layers * layer + self.expert_parameters + (2 - self.tied) * self.vocab * self.hidden + self.hidden
+
+    @property
+    def active_parameters(self) -> int:
+        """That one token meets in a forward pass, the output layer included, the embedding not."""
+        idle = self.expert_parameters * (self.experts - self.experts_per_token) // max(self.experts, 1)
+        return self.parameters - idle - (0 if self.tied else self.vocab * self.hidden)
+
+
+def dense_layer(s: Sizes, tensor: int) -> int:
+    """Parameters of one layer on one of `tensor` ranks, experts not counted."""
+    cut = s.hidden * (2 * s.query + 2 * s.key) + (s.query + 2 * s.key) * s.qkv_bias
+    whole = 2 * s.hidden + 2 * s.head_dim * s.qk_norm
+    if s.experts:
+        return cut // tensor + whole + s.hidden * s.experts
+    return (cut + 3 * s.hidden * s.ffn) // tensor + whole
+
+
+class TrainerMemory(NamedTuple):
+    """Bytes on one training device while gradients are computed; the fields add up to its peak."""
+
+    weights: float
+    gradients: float
+    """fp32, main gradients of megatron-core's DDP."""
+    optimizer: float
+    """fp32 main weights (bf16 models) and Adam's two moments, over the data ranks; less what is offloaded."""
+    activations: float
+    logits: float
+    """Of the action positions; their gradient takes their place."""
+    workspace: float
+    """The output layer's weight gradient before it is added, blocks of the token statistics, and the reserve."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def trainer_memory(s: Sizes, recipe: Recipe) -> TrainerMemory:
+    """That of the pipeline stage that takes the most."""
+    return max((stage_memory(s, recipe, stage) for stage in range(recipe.parallel.pipeline)), key=lambda m: m.total)
+
+
+def stage_memory(s: Sizes, recipe: Recipe, stage: int) -> TrainerMemory:
+    """Bytes on each device of one pipeline stage (0 is the first)."""
+    p, element = recipe.parallel, BYTES[recipe.model.dtype]
+    layers, first, last = s.layers / p.pipeline, stage == 0, stage == p.pipeline - 1
+    table = _vocabulary_rows(s, recipe) // p.tensor * s.hidden
+    tables = first + last if not s.tied or p.pipeline > 1 else 1
+    dense = layers * dense_layer(s, p.tensor) + tables * table + s.hidden * last
+    experts = s.expert_parameters / p.pipeline / p.expert / p.expert_tensor
+    dense_ranks = p.data * p.context
+    expert_ranks = p.world_size / (p.expert * p.expert_tensor * p.pipeline)
+    state = 12 if recipe.model.dtype == "bf16" else 8
+    tokens = micro_batch_tokens(recipe) / p.context
+    logits = min(tokens, action_positions(recipe) / p.context) if last else 0
+    workspace = (table * element + STATS_BUFFERS[recipe.run.device]) * last + RESERVE[recipe.run.device]
+    return TrainerMemory(
+        weights=element * (dense + experts),
+        gradients=4 * (dense + experts),
+        optimizer=(1 - recipe.optimizer.cpu_offload) * state * (dense / dense_ranks + experts / expert_ranks),
+        activations=tokens * activation_bytes(s, recipe, stage),
+        logits=logits * element * _vocabulary_rows(s, recipe) / p.tensor,
+        workspace=workspace,
+    )
+
+
+def _vocabulary_rows(s: Sizes, recipe: Recipe) -> int:
+    unit = recipe.model.vocab_multiple * recipe.parallel.tensor
+    return -(-s.vocab // unit) * unit
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Most tokens of one micro-batch of one data rank."""
+    return recipe.train.micro_batch_tokens or recipe.train.micro_batch_size * recipe.rollout.context
+
+
+def action_positions(recipe: Recipe) -> int:
+    """Most response tokens of one micro-batch: all of a packed one, were its prompts short."""
+    if recipe.train.micro_batch_tokens:
+        return recipe.train.micro_batch_tokens
+    return recipe.train.micro_batch_size * recipe.rollout.max_new_tokens
+
+
+def activation_bytes(s: Sizes, recipe: Recipe, stage: int) -> float:
+    """Kept for the backward pass per token of a micro-batch: layers, stages ahead of the last one, recomputation."""
+    p, train = recipe.parallel, recipe.train
+    layers = s.layers / p.pipeline
+    in_flight = p.pipeline - stage  # 1F1B: micro-batches under way on this stage
+    if p.virtual_pipeline > 1:  # Korthikanti et al., Sec. 4.2.3
+        in_flight = p.pipeline * (1 + (p.pipeline - 1) / (p.pipeline * p.virtual_pipeline))
+    sequence = p.tensor if p.sequence_parallel else 1
+    whole_layer = layer_activation_bytes(s, recipe)
+    if train.recompute == "full":  # each layer's input; one layer at a time is made again, and its gradients
+        return in_flight * layers * BYTES[recipe.model.dtype] * s.hidden / sequence + 2 * whole_layer
+    return in_flight * layers * whole_layer  # selective recomputes the attention's core, which keeps no scores here
+
+
+def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
+    """Kept by one layer per token. Residual stream, norms and linear inputs are whole on every tensor rank without
+    sequence parallelism; heads and MLP columns are shared out.
+    """
+    p, e = recipe.parallel, BYTES[recipe.model.dtype]
+    sequence = p.tensor if p.sequence_parallel else 1
+    local = recipe.model.layers == "local" or recipe.run.device == "cpu"
+    # local: fp32 input and normalised input of torch's rms_norm; Transformer Engine: the input alone
+    norm = 8 if local else e
+    attention = e * (2 * s.query + 2 * s.key) + (e * s.query if local else 0)  # q, k, v and out; local gathers out anew
+    attention += (s.query + s.key) * norm * s.qk_norm + 4 * e * s.head_dim  # rotary: cos and sin for q and k
+    # gate and up, and their product; where SwiGLU is not fused (cpu) silu(gate) and a copy of up too
+    columns = (5 if recipe.run.device == "cpu" else 3) * e * s.ffn
+    hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
+    if s.experts:
+        # tokens sent to experts and back, over as many ranks as send here: balanced routing is assumed
+        columns = s.experts_per_token * (columns / p.expert_tensor + 2 * e * s.hidden) * p.tensor / sequence
+    return hidden / sequence + (attention + columns) / p.tensor
+
+
+class EngineMemory(NamedTuple):
+    """Bytes on one device of a rollout engine."""
+
+    weights: float
+    kv_cache: float
+    """What vLLM leaves for it: gpu_memory_utilization of the device less weights and reserve; on cpu, as set."""
+    kv_tokens: int
+    """Tokens that the engine's cache holds."""
+
+
+def engine_memory(s: Sizes, recipe: Recipe) -> EngineMemory:
+    r, e = recipe.rollout, BYTES[recipe.engine_dtype]
+    tensor = r.tensor_parallel
+    copied_kv = max(tensor // s.kv_heads, 1)  # a rank holds at least one key/value head
+    weights = e * s.parameters / tensor
+    if recipe.run.device == "cpu":
+        kv_cache = r.cpu_kv_cache_gb * GIB / tensor
+    else:
+        kv_cache = r.gpu_memory_utilization * recipe.parallel.device_memory_gb * GIB - weights - RESERVE["cuda"]
+    token = 2 * s.layers * s.key * copied_kv / tensor * e
+    return EngineMemory(weights, kv_cache, int(kv_cache // token))
+
+
+def checkpoint_bytes(s: Sizes, recipe: Recipe) -> int:
+    """One checkpoint: weights, fp32 main weights and Adam's two moments of every parameter."""
+    return s.parameters * (BYTES[recipe.model.dtype] + (12 if recipe.model.dtype == "bf16" else 8))
+
+
+def disk_bytes(s: Sizes, recipe: Recipe) -> int:
+    """Most that checkpoints and export take at once: those kept, the one being written, the Hugging Face folder."""
+    c = recipe.checkpoint
+    made = recipe.train.steps // c.every + 1 if c.every else 0
+    export = s.parameters * BYTES[recipe.model.dtype] if c.export_hf else 0
+    return min(made, c.keep_last + c.keep_best + 1) * checkpoint_bytes(s, recipe) + export
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step, an estimate from the recipe's section `estimate`."""
+
+    rollout: float
+    token_stats: float
+    train: float
+
+
+def step_time(s: Sizes, recipe: Recipe) -> StepTime:
+    """Rollout: response tokens / tokens per second of all engine devices. Training: 6 (and 2 for the statistics'
+    forward) FLOPs per active parameter and token, plus causal attention, at the assumed MFU; recomputation counts as
+    the time of one more forward."""
+    e, p, r = recipe.estimate, recipe.parallel, recipe.rollout
+    responses = recipe.train.prompts_per_step * recipe.train.group_size
+    answer = min(e.response_tokens, r.max_new_tokens)
+    length = answer + min(e.prompt_tokens, r.max_prompt_tokens)
+    forward = responses * length * (2 * s.active_parameters + 2 * s.layers * s.query * length)
+    seconds = forward / (p.world_size * e.device_tflops * 1e12 * e.mfu)
+    passes = 4 if recipe.train.recompute == "full" else 3
+    engines = r.engines * r.tensor_parallel
+    return StepTime(responses * answer / (engines * e.engine_tokens_per_second), seconds, passes * seconds)
+
+
+def violations(s: Sizes, recipe: Recipe) -> Iterator[str]:
+    """What does not fit into parallel.device_memory_gb; nothing on cpu, where processes share the machine's memory."""
+    if recipe.run.device == "cpu":
+        return
+    limit = recipe.parallel.device_memory_gb
+    if not recipe.train.rollout_only and (need := trainer_memory(s, recipe)).total > limit * GIB:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in zip(need._fields, need, strict=True))
+        yield (
+            f"a training device needs about {need.total / GIB:.1f} GiB ({parts}), parallel.device_memory_gb = "
+            f"{limit:g}; raise parallel.tensor, pipeline or the devices, set train.recompute=full, or lower "
+            "train.micro_batch_tokens"
+        )
+    if recipe.generates and (engine := engine_memory(s, recipe)).kv_tokens < recipe.rollout.context:
+        yield (
+            f"an engine device holds {engine.weights / GIB:.1f} GiB of weights, which leaves room for "
+            f"{max(engine.kv_tokens, 0)} tokens in {recipe.rollout.gpu_memory_utilization:g} of "
+            f"parallel.device_memory_gb = {limit:g}; a response takes up to {recipe.rollout.context}; "
+            "raise rollout.tensor_parallel or gpu_memory_utilization"
+        )
+
+
+def report(s: Sizes, recipe: Recipe) -> str:
+    """Plan and memory as text of some twenty lines."""
+    p, r, t, e = recipe.parallel, recipe.rollout, recipe.train, recipe.estimate
+    limit = "" if recipe.run.device == "cpu" else f" of {p.device_memory_gb:g} GiB"
+    lines = [
+        f"model: {s.parameters / 1e9:.2f} B parameters"
+        + (f", {s.active_parameters / 1e9:.2f} B active a token" if s.experts else ""),
+        f"step: {t.prompts_per_step} prompts x {t.group_size} responses, {recipe.updates_per_step} updates; "
+        f"up to {r.max_prompt_tokens} + {r.max_new_tokens} tokens each",
+    ]
+    if not t.rollout_only:
+        lines += [
+            f"training: {p.nodes} x {p.devices_per_node} devices = tensor {p.tensor} x pipeline {p.pipeline} x context "
+            f"{p.context} x data {p.data}" + (f"; experts over {p.expert}" if s.experts else ""),
+            f"GiB per training device (estimate; {micro_batch_tokens(recipe)} tokens a micro-batch, recompute "
+            f"{t.recompute}):",
+            f"  {'stage':>6}" + "".join(f"{name:>13}" for name in (*TrainerMemory._fields, "total")),
+        ]
+        for stage in range(p.pipeline):
+            need = stage_memory(s, recipe, stage)
+            lines.append(f"  {stage:>6}" + "".join(f"{size / GIB:>13.2f}" for size in (*need, need.total)) + limit)
+    if recipe.generates:
+        engine = engine_memory(s, recipe)
+        lines += [
+            f"engines: {r.engines} x tensor parallel {r.tensor_parallel}",
+            f"GiB per engine device (estimate): weights {engine.weights / GIB:.2f}, KV cache "
+            f"{engine.kv_cache / GIB:.2f} = {engine.kv_tokens} tokens = {engine.kv_tokens / r.context:.1f} responses "
+            "of full length" + limit,
+        ]
+    lines.append(
+        f"GiB on disk (estimate): a checkpoint {checkpoint_bytes(s, recipe) / GIB:.1f}, "
+        f"run.dir at most {disk_bytes(s, recipe) / GIB:.1f}"
+    )
+    if recipe.run.device == "cuda":
+        seconds = step_time(s, recipe)
+        lines.append(
+            f"seconds a step (ESTIMATE from estimate.*, not measured: {e.response_tokens} tokens a response, "
+            f"{e.engine_tokens_per_second:g} tokens/s an engine device, {e.device_tflops:g} TFLOPS, MFU {e.mfu:g}): "
+            + ", ".join(f"{name} {value:.0f}" for name, value in zip(seconds._fields, seconds, strict=True))
+        )
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Every row of METHODS trains for real: one engine, one policy, two steps of each method one after the other."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from dcpo_openrlhf import tasks, train_dcpo
+from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.objectives import METHODS
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.rewards import GraderPool
+from dcpo_openrlhf.trainer import DCPOTrainer
+from tests.tiny import make_biased_model
+
+GROUP, PROMPTS = 4, 4
+
+
+def make_recipe(folder: Path, model: Path, name: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"dir": folder / name, "device": "cpu", "logical_devices": 2},
+            "model": {"path": model, "dtype": "fp32"},
+            "task": {"kind": "arithmetic", "template": "plain"},
+            "reward": {"extractor": "last_integer", "workers": 1},
+            "method": {"name": name, "target_entropy": 9.0, "alpha_max": 1.0},
+            "optimizer": {"learning_rate": 1e-4, "eps": 1e-3},
+            "train": {"steps": 2, "prompts_per_step": PROMPTS, "prompts_per_update": 2, "group_size": GROUP},
+            "parallel": {"devices_per_node": 1},
+            "rollout": {"engines": 1, "max_prompt_tokens": 200, "max_new_tokens": 16, "cpu_kv_cache_gb": 0.1},
+            "evaluation": {"problems": 0},
+            "checkpoint": {"export_hf": False},
+            "monitor": {"tensorboard": False},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What all methods share; `version` is the one that engine and policy have come to."""
+    folder = tmp_path_factory.mktemp("methods")
+    model = make_biased_model(folder / "model")
+    recipe = make_recipe(folder, model, "dcpo")
+    with contextlib.ExitStack() as exits:
+        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        exits.callback(ray.shutdown)
+        grader = exits.enter_context(GraderPool(workers=1, extractor="last_integer", deadline_s=10.0))
+        engines, group = train_dcpo._start_actors(recipe, RecipeStrategy(recipe), exits)
+        yield {"folder": folder, "model": model, "grader": grader, "engines": engines, "group": group, "version": 0}
+
+
+def prompt_stream(recipe: Recipe, tokenizer: Any) -> tasks.PromptStream:
+    """Problems whose answer is the model's favourite, so that groups hold right and wrong answers."""
+    problems = [tasks.Problem(f"sum-{n}", f"What is {n} + {7 - n}?", "7", "test") for n in range(8)]
+    template = tasks.prompt_template(recipe.task.template)
+    texts = [tasks.render(p, tokenizer=tokenizer, template=template) for p in problems]
+    return tasks.PromptStream(problems, prompts=texts, seed=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(stack["folder"], stack["model"], name)
+    recipe.run.dir.mkdir()
+    tokenizer = train_dcpo._tokenizer(recipe)
+    trainer = DCPOTrainer(
+        RecipeStrategy(recipe),
+        stack["group"],
+        stack["engines"],
+        tokenizer,
+        prompts=prompt_stream(recipe, tokenizer),
+        heldout=[],
+        grader=stack["grader"],
+    )
+    trainer.weights_version = stack["version"]
+    requests = []  # (temperature, responses) of every call for rollouts
+    generate = trainer.generator.generate
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        samples = generate(*args, **kwargs)
+        requests.append((kwargs["temperature"], len(samples)))
+        return samples
+
+    monkeypatch.setattr(trainer.generator, "generate", recorded)
+    before = ray.get(stack["engines"][0].weight_checksums.remote()) if stack["version"] else None
+    trainer.fit()
+    stack["version"] = trainer.weights_version
+    assert ray.get(stack["engines"][0].weight_checksums.remote()) != before  # the policy moved, and the engine with it
+
+    metrics = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2]
+    for m in metrics:
+        assert all(math.isfinite(value) for value in m.values())
+        assert 0 < m["rollout/reward_mean"] < 1 and m["policy/grad_norm"] > 0
+        assert (m["dcpo/alpha"] > 0) == METHODS[name].uses_alpha
+    extra = {"j2": PROMPTS * GROUP, "j4": PROMPTS * GROUP, "aepo": GROUP}  # aepo: a quarter of the prompts
+    per_step = [(1.0, PROMPTS * GROUP)] + ([(1.2, extra[name])] if name in extra else [])
+    assert requests == per_step * 2
