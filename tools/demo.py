@@ -44,6 +44,7 @@ CLUSTER_ENV = {
     "RAY_agent_register_timeout_ms": "300000",
 }
 OBJECT_STORE_BYTES = 10**9
+SETTLE_S = 3.0
 START_ATTEMPTS = 3
 
 
@@ -133,7 +134,17 @@ def start_head(cpus: int, gpus: int, strangers: frozenset[psutil.Process]) -> Cl
 
 
 def wait_until_ready(cluster: Cluster, timeout: float) -> None:
-    """Return once the job server answers; DemoError with the end of Ray's log where it does not."""
+    """Return once `ray start` watches its servers and the job server answers; DemoError with Ray's log else.
+
+    It looks at them once a second, and ends the head when one of them has failed, be it on the way up.
+    """
+
+    def watching() -> None:
+        if "block forever" not in (cluster.folder / "start.log").read_text(errors="replace"):
+            raise DemoError("`ray start` has not come to its end yet")
+
+    until_it_works(watching, cluster, timeout)
+    time.sleep(SETTLE_S)
     until_it_works(lambda: JobSubmissionClient(cluster.address).list_jobs(), cluster, timeout)
 
 

@@ -1,11 +1,15 @@
-"""Draw runs side by side: entropy against its target, reward, and the controller's alpha and T.
+"""Draw runs side by side: as a picture, and as one HTML page with every metric, the events and the kept samples.
 
-Usage: python -m tools.plot_run RUN_DIR [RUN_DIR ...] --output FILE.png
+python -m tools.plot_run RUN_DIR [RUN_DIR ...] --output FILE.png --output FILE.html
+
+The page needs nothing but a browser: data, style and script are inside it, and it asks no server for anything.
 """
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+
+from tools.run_folder import Row, RunError, metrics, optional, read_jsonl, sample_files
 
 Series = dict[str, list[float]]
 
@@ -33,25 +39,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
-class RunError(ValueError):
-    """A run folder that cannot be drawn; names file, line and remedy."""
-
-
 def read_metrics(run: Path) -> Series:
     """Columns of RUN/metrics.jsonl by metric name; NaN where a step lacks one. Steps without training are left out."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise RunError(f"{file}: no such file; name the folder of a run that has finished a step")
-    rows = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RunError(f"{file}, line {number}: not JSON ({error}); is the run still writing it?") from error
-        if "train/step" in row:
-            rows.append(row)
-    if not rows:
-        raise RunError(f"{file}: no line has train/step; the run has finished no step")
+    rows = metrics(run).values()
     names = sorted({name for row in rows for name in row})
     return {name: [_number(row.get(name)) for row in rows] for name in names}
 
@@ -102,23 +92,148 @@ def _targets(axes: Axes, runs: dict[str, Series]) -> None:
         axes.axhline(target, color="#555555", linestyle="--", linewidth=1.3, label=f"target $H_0$ = {target:g}")
 
 
+# --- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).with_name("run_page.html")
+MAX_SAMPLE_STEPS = 100
+MAX_RESPONSE_CHARS = 6000
+
+
+def panel(title: str, metric: str, unit: str = "", *, reference: str = "", sparse: bool = False) -> dict[str, Any]:
+    return {"title": title, "metric": metric, "unit": unit, "reference": reference, "sparse": sparse}
+
+
+PANELS = [
+    panel("Entropy, and its target", "entropy/exact", "nats/token", reference="entropy/target"),
+    panel("Mean reward", "rollout/reward_mean"),
+    panel("Held-out accuracy", "heldout_accuracy", sparse=True),
+    panel("Response length, mean", "rollout/length_mean", "tokens"),
+    panel("Cut-off responses", "rollout/truncated_fraction", "share"),
+    panel("Weight of the regulariser, alpha", "dcpo/alpha"),
+    panel("Temperature of the target policy", "dcpo/temperature"),
+    panel("Target ratio rho, mean", "dcpo/target_ratio_mean"),
+    panel("Target ratio rho, largest", "dcpo/target_ratio_max"),
+    panel("Mismatch of trainer and engine, mean |p - p'|", "mismatch/prob_diff_mean"),
+    panel("Mismatch of trainer and engine, KL", "mismatch/kl", "nats/token"),
+    panel("Gradient norm", "policy/grad_norm"),
+    panel("Clipped above", "policy/clip_fraction_high", "share"),
+    panel("Seconds a step", "time/step", "s"),
+]
+
+
+def page_data(runs: dict[str, Path]) -> dict[str, Any]:
+    """What the page shows. Raises RunError."""
+    pairs = zip(_colours(len(runs)), runs.items(), strict=True)
+    return {"panels": PANELS, "runs": [_page_run(label, folder, colour) for colour, (label, folder) in pairs]}
+
+
+def _page_run(label: str, folder: Path, colour: str) -> dict[str, Any]:
+    evaluated = {row["step"]: row for row in optional(folder, "evaluation.jsonl") if isinstance(row.get("step"), int)}
+    rows = metrics(folder)
+    steps = sorted(rows.keys() | evaluated.keys())
+    merged: list[Row] = [evaluated.get(step, {}) | rows.get(step, {}) for step in steps]
+    names = sorted({name for row in merged for name, value in row.items() if _finite(value) is not None} - {"step"})
+    files = sample_files(folder)
+    kept = _spread(list(files), MAX_SAMPLE_STEPS)
+    return {
+        "label": label,
+        "colour": colour,
+        "steps": steps,
+        "series": {name: [_finite(row.get(name)) for row in merged] for name in names},
+        "events": [_event(row, folder) for row in optional(folder, "events.jsonl")],
+        "samples": {step: [_shortened(row) for row in read_jsonl(files[step])] for step in kept},
+        "note": f"{len(kept)} of {len(files)} steps are in this page." if len(kept) < len(files) else "",
+    }
+
+
+def _finite(value: object) -> float | None:
+    """The number, to seven digits; JSON knows no NaN."""
+    return float(f"{value:.7g}") if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _event(row: Row, folder: Path) -> Row:
+    """An event as step, cause, and everything else it says as one line."""
+    if not isinstance(row.get("step"), int) or not isinstance(row.get("cause"), str):
+        raise RunError(f"{folder / 'events.jsonl'}: an event has an integer step and a cause, not {row}")
+    parts = []
+    for name, value in row.items():
+        if name == "text":
+            parts.insert(0, str(value))
+        elif name not in ("step", "cause"):
+            pairs = value.items() if isinstance(value, dict) else [(name, value)]
+            parts.append(", ".join(f"{key} = {_brief(inner)}" for key, inner in pairs))
+    return {"step": row["step"], "cause": row["cause"], "details": "; ".join(filter(None, parts))}
+
+
+def _brief(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(row: Row) -> Row:
+    """The sample with the middle of a very long response left out."""
+    response = row.get("response")
+    if not isinstance(response, str) or len(response) <= MAX_RESPONSE_CHARS:
+        return row
+    head, tail = response[: MAX_RESPONSE_CHARS * 2 // 3], response[-MAX_RESPONSE_CHARS // 3 :]
+    left_out = len(response) - len(head) - len(tail)
+    return row | {"response": f"{head}\n[... {left_out} characters left out ...]\n{tail}"}
+
+
+def write_page(runs: dict[str, Path], output: Path) -> None:
+    """Write the page of the runs, by label."""
+    # "<" is written as an escape: a response that holds </script> must not end the data.
+    data = json.dumps(page_data(runs), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(PAGE.read_text(encoding="utf-8").replace("__DATA__", data), encoding="utf-8")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
 def labels(folders: list[Path]) -> list[str]:
     """The folders' names, or their whole paths where two names are the same."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw entropy, reward, alpha and T of runs.")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plot_run", description="Draw runs as a picture and as one self-contained HTML page."
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--output", type=Path, default=Path("run.png"), help="default: %(default)s")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--output",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help=".html for the page, .png, .svg or .pdf for the picture; may be repeated; default: run.png and run.html",
+    )
+    args = parser.parse_args(argv)
+    outputs = args.output or [Path("run.png"), Path("run.html")]
+    for output in outputs:
+        if output.suffix not in (".html", ".png", ".svg", ".pdf"):
+            parser.error(f"--output ends in .html, .png, .svg or .pdf, not {str(output)!r}")
+    folders = dict(zip(labels(args.runs), args.runs, strict=True))
+    if len(folders) < len(args.runs):
+        parser.error(f"name each run once, not {', '.join(map(str, args.runs))}")
     try:
-        draw({label: read_metrics(run) for label, run in zip(labels(args.runs), args.runs, strict=True)}, args.output)
+        series = {label: read_metrics(folder) for label, folder in folders.items()}
+        for output in outputs:
+            if output.suffix == ".html":
+                write_page(folders, output)
+            else:
+                draw(series, output)
+            print(output)
     except (RunError, OSError) as error:
         print(f"plot_run: {error}", file=sys.stderr)
-        return 1
-    print(args.output)
+        return 2
     return 0
 
 

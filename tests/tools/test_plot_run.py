@@ -1,13 +1,19 @@
-"""The picture of runs: read from metrics.jsonl, one line a run, the target drawn, bad input named."""
+"""The picture and the page of runs: one line a run, the target drawn, the page alive in a browser, bad input named."""
 
+import html.parser
 import json
-import sys
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 
 from tools import plot_run
+from tools.run_folder import RunError
 
 
 def write_run(folder, *, alpha: float, entropies=(2.0, 0.2, 0.5), target=0.5):
@@ -42,11 +48,10 @@ def lines(axes) -> dict[str, tuple[list[float], list[float]]]:
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
 
-def test_two_runs_side_by_side(tmp_path, monkeypatch, figures, capsys):
+def test_two_runs_side_by_side(tmp_path, figures, capsys):
     runs = [write_run(tmp_path / "dcpo", alpha=0.1), write_run(tmp_path / "grpo", alpha=0.0, entropies=(2.0, 0.1))]
     output = tmp_path / "new" / "picture.png"
-    monkeypatch.setattr(sys, "argv", ["plot_run", *map(str, runs), "--output", str(output)])
-    assert plot_run.main() == 0
+    assert plot_run.main([*map(str, runs), "--output", str(output)]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     height, width = plt.imread(output).shape[:2]
     assert (width, height) == (1400, 500)
@@ -82,12 +87,205 @@ def test_equal_folder_names_are_told_apart(tmp_path):
     ("content", "message"),
     [(None, "no such file"), ("", "finished no step"), ('{"train/step": 0}\n{"train', "line 2: not JSON")],
 )
-def test_bad_run_is_named(tmp_path, monkeypatch, capsys, content, message):
+@pytest.mark.parametrize("output", ["x.png", "x.html"])
+def test_bad_run_is_named(tmp_path, capsys, content, message, output):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(plot_run.RunError, match=message):
+    with pytest.raises(RunError, match=message):
         plot_run.read_metrics(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plot_run", str(tmp_path), "--output", str(tmp_path / "x.png")])
-    assert plot_run.main() == 1
+    assert plot_run.main([str(tmp_path), "--output", str(tmp_path / output)]) == 2
     assert str(tmp_path / "metrics.jsonl") in capsys.readouterr().err
-    assert not (tmp_path / "x.png").exists()
+    assert not (tmp_path / output).exists()
+
+
+def test_a_step_made_again_after_a_resume_is_drawn_once(tmp_path):
+    run = write_run(tmp_path / "run", alpha=0.1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "train/step": 1, "entropy/exact": 7.0}\n')
+    assert plot_run.read_metrics(run)["entropy/exact"] == [2.0, 7.0, 0.5]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>document.title = 'taken'</script><b>bold</b> & \u2028"
+
+
+def full_run(folder: Path, *, alpha: float = 0.1) -> Path:
+    """A run with everything that the page shows."""
+    write_run(folder, alpha=alpha)
+    write(folder / "evaluation.jsonl", [{"step": 0, "heldout_accuracy": 0.25}, {"step": 2, "heldout_accuracy": 0.75}])
+    event = {
+        "step": 1,
+        "cause": "entropy_collapse",
+        "action": "warn",
+        "evidence": {"entropy/exact": 0.2},
+        "keys": {"a": 1},
+    }
+    write(folder / "events.jsonl", [event])
+    (folder / "samples").mkdir()
+    for step in (1, 2):
+        rows = [
+            {
+                "id": f"p{n}",
+                "answer": "4",
+                "response": f"step {step}, answer {n}",
+                "reward": float(n % 2),
+                "extracted": None,
+            }
+            for n in range(4)
+        ]
+        rows[0]["response"] = HOSTILE
+        write(folder / "samples" / f"step_{step:06d}.jsonl", rows)
+    return folder
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def page(tmp_path) -> Path:
+    runs = [full_run(tmp_path / "dcpo"), write_run(tmp_path / "grpo", alpha=0.0, entropies=(2.0, 0.1))]
+    output = tmp_path / "page.html"
+    assert plot_run.main([*map(str, runs), "--output", str(output)]) == 0
+    return output
+
+
+class Reader(html.parser.HTMLParser):
+    """Elements and the text of the data script, without running anything."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.data, self.tags, self.addresses, self._inside = "", [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        self._inside = ("id", "data") in attrs
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        self.data += data if self._inside else ""
+
+
+def test_page_is_self_contained(page):
+    text = page.read_text()
+    reader = Reader(text)
+    assert reader.addresses == [] and "link" not in reader.tags and "img" not in reader.tags
+    assert set(re.findall(r"https?://[^\"\s]*", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert "default-src 'none'" in text and text.count("</script>") == 2  # nothing in a response ends the data
+    data = json.loads(reader.data)
+    dcpo, grpo = data["runs"]
+    assert dcpo["series"]["entropy/exact"] == [2.0, 0.2, 0.5]
+    assert dcpo["series"]["heldout_accuracy"] == [0.25, None, 0.75]
+    assert dcpo["events"] == [
+        {"step": 1, "cause": "entropy_collapse", "details": "action = warn; entropy/exact = 0.2; a = 1"}
+    ]
+    assert dcpo["samples"]["2"][0]["response"] == HOSTILE
+    assert (grpo["steps"], grpo["events"], grpo["samples"]) == ([0, 1], [], {})
+    for metric in (
+        "entropy/exact",
+        "rollout/reward_mean",
+        "rollout/length_mean",
+        "dcpo/target_ratio_mean",
+        "mismatch/kl",
+    ):
+        assert metric in {panel["metric"] for panel in data["panels"]}
+
+
+def test_long_runs_and_responses_are_cut(tmp_path):
+    run = full_run(tmp_path / "run")
+    for step in range(1, 301):
+        write(run / "samples" / f"step_{step:06d}.jsonl", [{"id": "p", "response": "x" * 9000, "reward": 0.0}])
+    (data,) = plot_run.page_data({"run": run})["runs"]
+    assert len(data["samples"]) == 100 and {1, 300} <= data["samples"].keys()
+    assert data["note"] == "100 of 300 steps are in this page."
+    assert "[... 3000 characters left out ...]" in data["samples"][1][0]["response"]
+
+
+def test_event_without_cause_is_named(tmp_path, capsys):
+    run = full_run(tmp_path / "run")
+    write(run / "events.jsonl", [{"step": 1}])
+    assert plot_run.main([str(run), "--output", str(tmp_path / "x.html")]) == 2
+    assert "an event has an integer step and a cause" in capsys.readouterr().err
+
+
+def test_outputs_by_suffix(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    full_run(tmp_path / "dcpo")
+    assert plot_run.main(["dcpo"]) == 0
+    assert (tmp_path / "run.png").is_file() and (tmp_path / "run.html").is_file()
+    for arguments in (["dcpo", "--output", "x.gif"], ["dcpo", "dcpo"]):
+        with pytest.raises(SystemExit) as stopped:
+            plot_run.main(arguments)
+        assert stopped.value.code == 2
+    assert "not 'x.gif'" in capsys.readouterr().err
+
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+# Errors of the page's scripts, and what the policy blocks, are written where the dump shows them.
+WATCH = """<script>
+const note = (what) => document.documentElement.setAttribute("data-errors", what);
+addEventListener("error", (e) => note(e.message));
+addEventListener("securitypolicyviolation", (e) => note(e.blockedURI));
+</script>"""
+
+
+def opened(page: Path, action: str = "") -> str:
+    """The document after its scripts ran, and `action` after them."""
+    text = page.read_text().replace("<head>", f"<head>{WATCH}")
+    copy = page.with_name("opened.html")
+    copy.write_text(text.replace("</body>", f"<script>{action}</script></body>"))
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--window-size=1300,1000"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", copy.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    assert "data-errors" not in dom, dom[:300]
+    return dom
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"needs Chromium: one of {', '.join(BROWSERS)} on the PATH, or $CHROMIUM")
+class TestInBrowser:
+    def test_charts_events_and_samples(self, page):
+        dom = opened(page)
+        assert "<title>dcpo, grpo</title>" in dom
+        charts = dict(re.findall(r'<figure data-metric="([^"]+)">(.*?)</figure>', dom, flags=re.DOTALL))
+        assert {"entropy/exact", "rollout/reward_mean", "heldout_accuracy", "dcpo/alpha"} <= charts.keys()
+        assert "mismatch/kl" not in charts  # neither run has it
+        entropy = charts["entropy/exact"]
+        assert entropy.count('class="curve"') == 2 and entropy.count('class="reference"') == 2
+        assert entropy.count('class="event"') == 1 and "dcpo, step 1: entropy_collapse" in entropy
+        curves = re.findall(r'class="curve"[^>]* d="([^"]+)"', entropy)
+        assert sorted(curve.count("M") + curve.count("L") for curve in curves) == [2, 3]
+        assert (
+            charts["heldout_accuracy"].count('class="curve"') == 1 and charts["heldout_accuracy"].count("<circle") == 2
+        )
+        assert "<td>entropy_collapse</td>" in dom
+        assert dom.count("<article") == 4 and dom.count('<article class="right"') == 2
+        assert "&lt;b&gt;bold&lt;/b&gt;" in dom  # shown, not run: the title above is the page's own
+        assert "step 2, answer 3" in dom and "step 1, answer 3" not in dom  # the last step first
+
+    def test_a_step_and_a_filter_are_chosen(self, page):
+        choose = (
+            "byId('step').value = '1'; byId('step').onchange(); byId('which').value = '1'; byId('which').onchange();"
+        )
+        dom = opened(page, choose)
+        assert dom.count("<article") == 2 and "step 1, answer 3" in dom and "2 of 4 kept responses" in dom
+        dom = opened(page, choose + "byId('search').value = 'ANSWER 3'; byId('search').oninput();")
+        assert dom.count("<article") == 1 and "1 of 4 kept responses" in dom
+        dom = opened(page, "byId('run').value = 1; byId('run').onchange();")
+        assert "this run kept no samples" in dom
+
+    def test_a_run_is_hidden_and_a_value_read(self, page):
+        dom = opened(page, "const box = document.querySelector('#legend input'); box.checked = false; box.onchange();")
+        entropy = re.search(r'data-metric="entropy/exact">(.*?)</figure>', dom, flags=re.DOTALL)
+        assert entropy and entropy[1].count('class="curve"') == 1 and 'class="event"' not in entropy[1]
+        move = "const s = document.querySelector('svg'), b = s.getBoundingClientRect();"
+        move += "s.onmousemove({clientX: b.left + b.width * 0.55});"
+        assert "step 1: dcpo 0.2, grpo 0.1" in opened(page, move)

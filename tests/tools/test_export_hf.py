@@ -1,0 +1,122 @@
+"""Checkpoint -> Hugging Face folder and back: the logits stay those of the policy, whatever mesh saved or loads it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dcpo_openrlhf import checkpoint
+from tests.distributed import run_distributed
+from tests.tiny import make_tiny_model
+from tools import export_hf
+
+ROOT = Path(__file__).parents[2]
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251
+
+
+def _save(rank: int, world_size: int, model: Path, folder: Path, sizes: dict[str, Any]) -> torch.Tensor:
+    """One update, then a checkpoint; the policy's log-probs of TOKENS."""
+    from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+    from tests.megatron.common import make_policy, make_step, random_rows
+
+    step = make_step(make_policy(model, rank=rank, world_size=world_size, **sizes))
+    step.update(random_rows().part(step.mesh.data_rank, step.mesh.data_size))
+    saving = PolicyCheckpoint(step)
+    saving.save(folder)
+    saving.finish()
+    return _logp(step)
+
+
+def _load(rank: int, world_size: int, model: Path, folder: Path, sizes: dict[str, Any]) -> torch.Tensor:
+    from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+    from tests.megatron.common import make_policy, make_step
+
+    step = make_step(make_policy(model, rank=rank, world_size=world_size, **sizes))
+    PolicyCheckpoint(step).load(folder)
+    return _logp(step)
+
+
+def _logp(step: Any) -> torch.Tensor:
+    from dcpo_openrlhf.megatron.batch import Rows
+
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    return step.token_statistics(Rows(TOKENS, mask, mask[:, 1:]), temperatures=[])["logp"]
+
+
+def hf_logp(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(TOKENS).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, TOKENS[:, 1:, None])[..., 0]
+
+
+def saved(tmp_path: Path, model: Path, world_size: int, sizes: dict[str, Any]) -> tuple[Path, torch.Tensor]:
+    folder = tmp_path / "run" / "checkpoints" / "step_000001"
+    folder.mkdir(parents=True)
+    logp = run_distributed(_save, world_size, model, folder, sizes)[-1]  # the last stage has them
+    (folder / checkpoint.STATE).write_text(json.dumps({"recipe": {"model": {"path": str(model)}}}))
+    checkpoint.write_manifest(folder, step=1, scores={})
+    return folder, logp
+
+
+@pytest.mark.parametrize(
+    ("architecture", "world_size", "sizes", "more"),
+    [
+        ("qwen2", 2, {"tensor": 2}, {"tie": False, "kv_heads": 4}),
+        ("llama", 2, {"pipeline": 2}, {"tie": True}),
+        ("qwen3_moe", 2, {"expert": 2}, {"tie": False}),
+    ],
+    ids=["qwen2-tp2", "llama-tied-pp2", "qwen3_moe-ep2"],
+)
+def test_exported_logits_are_those_of_the_trained_policy(
+    architecture: str, world_size: int, sizes: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make_tiny_model(tmp_path / "model", architecture=architecture, **more)
+    folder, logp = saved(tmp_path, model, world_size, sizes)
+    output = export_hf.export(folder, tmp_path / "hf", shard_gb=2**-12)
+    torch.testing.assert_close(hf_logp(output), logp, atol=2e-5, rtol=1e-4)
+    assert (hf_logp(model) - logp).abs().max() > 1e-3, "the update changed the policy"
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    for name in ("tokenizer.json", "generation_config.json", "config.json"):
+        assert (output / name).read_bytes() == (model / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(output)("what is the number")["input_ids"]
+
+
+def test_imported_checkpoint_loads_on_other_meshes_and_is_exported_as_it_was(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", architecture="qwen3", tie=False)
+    command = [sys.executable, "-W", "ignore", "-m", "tools.import_hf", "--dtype", "fp32", "--model", str(model)]
+    done = subprocess.run([*command, "--output", str(tmp_path / "in")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "in" / "step_000000"
+    expected = hf_logp(model)
+    other = make_tiny_model(tmp_path / "other", architecture="qwen3", tie=False, seed=5)
+    for world_size, sizes in ((1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})):
+        logp = run_distributed(_load, world_size, other, folder, sizes)[-1]
+        torch.testing.assert_close(logp, expected, atol=2e-5, rtol=1e-4)
+    output = export_hf.export(folder, tmp_path / "out", model=other)
+    with safe_open(output / "model.safetensors", "pt") as ours, safe_open(model / "model.safetensors", "pt") as theirs:
+        assert set(ours.keys()) == set(theirs.keys())
+        assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in theirs.keys())  # noqa: SIM118
+
+
+def test_what_is_no_whole_checkpoint_or_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    folder, _ = saved(tmp_path, model, 1, {})
+    wider = make_tiny_model(tmp_path / "wider", layers=3)
+    arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "hf")]
+    assert export_hf.main([*arguments, "--model", str(wider)]) == 2
+    assert "2 layers" in (err := capsys.readouterr().err) and "--model DIR" in err
+    assert export_hf.main([*arguments, "--model", str(tmp_path / "gone")]) == 2
+    assert "is not at" in capsys.readouterr().err
+    (folder / "common.pt").write_bytes(b"")
+    assert export_hf.main(arguments) == 2
+    assert "common.pt has 0 bytes" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,617 @@
+"""Benchmark models: sample with vLLM, grade, and put Avg@k and Pass@k into one table. Details: docs/evaluate.md.
+
+python -m tools.evaluate --model DIR --benchmark aime24 --data aime24.jsonl --samples 32
+
+Every sample is kept as soon as it is finished, so a call that was cut off is continued by calling it again; so is one
+that asks for more samples or problems. Grades are computed from the kept samples at the end of every call.
+"""
+
+import argparse
+import csv
+import fcntl
+import hashlib
+import json
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from dcpo_openrlhf.rewards import EXTRACTORS, Grade, GraderError, GraderPool
+from dcpo_openrlhf.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
+from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
+
+BENCHMARKS = [name for name, source in SOURCES.items() if source.kind == "test"]
+CONTESTS = ("aime24", "aime25", "amc", "hmmt25")
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made as asked; names the rule, the values seen and the remedy."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sampling settings of the DCPO paper (arXiv 2601.12730)."""
+
+    temperature: float
+    samples: int
+    contest_samples: int
+    """Samples a problem where a set has only some thirty problems (CONTESTS)."""
+    top_p: float = 0.95
+
+
+PRESETS = {
+    "pass1": Preset(temperature=0.1, samples=1, contest_samples=32),
+    "pass128": Preset(temperature=0.6, samples=128, contest_samples=128),
+}
+
+# --- estimators ------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(*, n: int, correct: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k), the probability that k of the n samples hold one of the c correct ones.
+
+    Unbiased for the chance that k fresh samples do; as a product, which does not overflow. Chen et al. 2021, Eq. 1.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"0 <= correct <= n and 1 <= k <= n are needed, not correct {correct}, n {n}, k {k}")
+    if n - correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
+
+
+class Estimate(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def estimate(scores: Sequence[float], *, samples: int, z: float = 1.96) -> Estimate:
+    """Mean of one score in [0, 1] a problem, with a 95% interval for other problems of the same kind.
+
+    Problems are the clusters (Miller 2024, arXiv 2411.00640): samples of one problem are not independent. The interval
+    is Wilson's at the effective number of samples p (1 - p) / Var(mean), at most problems * samples (Korn & Graubard
+    1998), which stays inside [0, 1] and keeps a width at 0 and 1. With one sample a problem it is Wilson's own.
+    """
+    problems, p = len(scores), math.fsum(scores) / len(scores)
+    variance = math.fsum((score - p) ** 2 for score in scores) / problems**2
+    size = min(p * (1 - p) / variance, problems * samples) if variance > 0 else problems
+    centre, scale = p + z * z / (2 * size), 1 + z * z / size
+    half = z * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
+    return Estimate(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+
+
+# --- samples and their file ------------------------------------------------------------------------------------------
+
+Key = tuple[str, int]
+"""(problem id, number of the sample)"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample that is asked for."""
+
+    key: Key
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response."""
+
+    key: Key
+    response: str
+    tokens: int
+    truncated: bool
+
+
+Generate = Callable[[Sequence[Request]], Iterator[Sample]]
+"""Yields the samples of the requests, each as soon as it is finished."""
+
+
+class SampleFile:
+    """JSONL: a header with the settings, then one sample a line in the order of their ends.
+
+    A torn last line, as a kill leaves it, is cut off. Raises EvaluationError for other settings, for any other line
+    that is not a sample, and while another process writes the file.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.samples = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._load(settings)
+        except BlockingIOError as error:
+            self._file.close()
+            raise EvaluationError(f"{path}: another evaluation writes it; wait, or take another --output") from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _load(self, settings: dict[str, Any]) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        lines = whole.splitlines()
+        if not lines:
+            self._write({"evaluation": settings})
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    self._check(row["evaluation"], settings)
+                else:
+                    sample = Sample((row["id"], row["sample"]), row["response"], row["tokens"], row["truncated"])
+                    self.samples[sample.key] = sample
+            except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, EvaluationError):
+                    raise
+                what = "the header of an evaluation" if number == 1 else "a sample"
+                raise EvaluationError(
+                    f"{self.path}:{number}: not {what} ({error!r}); remove the line or the file, or change --output"
+                ) from error
+
+    def _check(self, kept: dict[str, Any], settings: dict[str, Any]) -> None:
+        different = [key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key)]
+        if different:
+            values = "; ".join(
+                f"{key}: {kept.get(key)!r} there, {settings.get(key)!r} now" for key in sorted(different)
+            )
+            raise EvaluationError(
+                f"{self.path} was made with other settings ({values}); use the same ones, take another --output, "
+                "or remove the file"
+            )
+
+    def append(self, sample: Sample) -> None:
+        id, number = sample.key
+        rest = {"response": sample.response, "tokens": sample.tokens, "truncated": sample.truncated}
+        self._write({"id": id, "sample": number, **rest})
+        self.samples[sample.key] = sample
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# --- one model on one benchmark --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is sampled: some problems, each `samples` times."""
+
+    benchmark: str
+    problems: list[Problem]
+    prompts: list[str]
+    samples: int
+    settings: dict[str, Any]
+    """What makes samples comparable; kept as the header of their file."""
+    path: Path
+
+    @cached_property
+    def keys(self) -> list[Key]:
+        """Sample 0 of every problem first: a call that is cut off has seen as many problems as it could."""
+        return [(p.id, n) for n in range(self.samples) for p in self.problems]
+
+
+def sample_seed(seed: int, key: Key) -> int:
+    """48 bits that depend on the seed, the problem and the sample's number alone: the same after a restart."""
+    digest = hashlib.blake2b(f"{seed}:{key[1]}:{key[0]}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big")
+
+
+def fill(job: Job, file: SampleFile, generate: Callable[[], Generate], *, seed: int, title: str) -> None:
+    """Generate what the file lacks of the job. `generate` is asked for only if something is missing."""
+    prompt_of = dict(zip((p.id for p in job.problems), job.prompts, strict=True))
+    missing = [Request(key, prompt_of[key[0]], sample_seed(seed, key)) for key in job.keys if key not in file.samples]
+    samples = generate()(missing) if missing else iter(())
+    total = len(job.keys)
+    with tqdm(total=total, initial=total - len(missing), desc=title, unit="sample", smoothing=0.05) as bar:
+        for sample in samples:
+            file.append(sample)
+            bar.update()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model scored on a benchmark."""
+
+    benchmark: str
+    problems: int
+    samples: int
+    avg: Estimate
+    """Avg@samples."""
+    pass_at: dict[int, Estimate]
+    """Pass@k for the powers of two below `samples`, and for `samples`."""
+    truncated: float
+    """Share of samples that ended at --max-tokens."""
+    unanswered: float
+    """Share of samples in which no final answer was found."""
+    tokens: float
+    """Mean length."""
+    timeouts: int
+    """Answers graded 0 since their comparison took too long or broke its process."""
+
+
+def score(job: Job, samples: dict[Key, Sample], pool: GraderPool) -> tuple[Result, list[Grade]]:
+    """The job's result, and the grade of each of its samples in the order of job.keys."""
+    keys = job.keys
+    answer_of = {p.id: p.answer for p in job.problems}
+    chosen = [samples[key] for key in keys]
+    grades = pool.grade([s.response for s in chosen], [answer_of[s.key[0]] for s in chosen])
+    correct = dict.fromkeys(answer_of, 0)
+    for (id, _), grade in zip(keys, grades, strict=True):
+        correct[id] += grade.reward == 1.0
+    n, counts = job.samples, list(correct.values())
+    sizes = sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
+    result = Result(
+        benchmark=job.benchmark,
+        problems=len(job.problems),
+        samples=n,
+        avg=estimate([c / n for c in counts], samples=n),
+        pass_at={k: estimate([pass_at_k(n=n, correct=c, k=k) for c in counts], samples=n) for k in sizes},
+        truncated=sum(s.truncated for s in chosen) / len(chosen),
+        unanswered=sum(g.extracted is None for g in grades) / len(grades),
+        tokens=sum(s.tokens for s in chosen) / len(chosen),
+        timeouts=sum(g.timed_out or g.crashed for g in grades),
+    )
+    return result, grades
+
+
+def keep(job: Job, result: Result, grades: Sequence[Grade]) -> None:
+    """Write NAME.grades.jsonl and NAME.result.json beside the samples NAME.jsonl."""
+    rows = ({"id": k[0], "sample": k[1], **asdict(g)} for k, g in zip(job.keys, grades, strict=True))
+    job.path.with_suffix(".grades.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job.path.with_suffix(".result.json").write_text(json.dumps(job.settings | asdict(result), indent=1) + "\n")
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+CPU_BLOCK_SIZE = 32  # as in training: vLLM's 128 on CPU means that short prompts are never shared
+IN_FLIGHT = 2048
+"""Requests inside vLLM at a time; more than it runs at once, few enough to be queued quickly."""
+
+
+class ModelFolder:
+    """A Hugging Face model folder, looked at without loading the model. Raises EvaluationError if it is none."""
+
+    def __init__(self, path: Path, *, trust_remote_code: bool) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.path = path
+        weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+        if not (path / "config.json").is_file() or not weights:
+            what = "no such folder" if not path.is_dir() else "lacks config.json or *.safetensors"
+            raise EvaluationError(
+                f"{path}: {what}; give a Hugging Face folder: a run's hf/, or `hf download NAME --local-dir {path}`"
+            )
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{path}: cannot be read as a Hugging Face folder: {error}") from error
+        self.context: int = config.max_position_embeddings
+        self._weights = weights
+
+    @property
+    def label(self) -> str:
+        """The folder's name; the run's name for the hf/ that a run exports."""
+        path = self.path.resolve()
+        return path.parent.name if path.name == "hf" else path.name
+
+    def sha256(self) -> str:
+        """Of all that decides what the model answers: weights, config, tokenizer."""
+        total = hashlib.sha256()
+        for file in sorted([*self._weights, *self.path.glob("*.json"), *self.path.glob("*.jinja")]):
+            with file.open("rb") as handle:
+                total.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+        return total.hexdigest()
+
+
+@contextmanager
+def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace) -> Iterator[Generate]:
+    """vLLM's offline engine; on a CPU machine inside this process, so that a kill leaves nothing behind."""
+    import torch
+
+    settings: dict[str, Any] = {"gpu_memory_utilization": args.gpu_memory_utilization}
+    if not torch.cuda.is_available():
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores}
+        settings = {"block_size": CPU_BLOCK_SIZE, "kv_cache_memory_bytes": int(args.cpu_kv_cache_gb * 2**30)}
+        settings |= {
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni" if args.tensor_parallel == 1 else "mp",
+        }
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # below the progress bar
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    llm = LLM(
+        model=str(model),
+        dtype=args.dtype,
+        max_model_len=max_model_len,
+        tensor_parallel_size=args.tensor_parallel,
+        trust_remote_code=args.trust_remote_code,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        **settings,
+    )
+    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+
+    def add(number: int, request: Request) -> None:
+        ids = tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
+        params = SamplingParams(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_tokens=args.max_tokens,
+            seed=request.seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(str(number), llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=ids)])[0], params)
+
+    def generate(requests: Sequence[Request]) -> Iterator[Sample]:
+        # LLM.generate returns when the last of its requests is finished; here each one is kept at its end.
+        waiting = deque(enumerate(requests))
+        while waiting or engine.has_unfinished_requests():
+            while waiting and engine.get_num_unfinished_requests() < IN_FLIGHT:
+                add(*waiting.popleft())
+            for output in engine.step():
+                (answer,) = output.outputs  # type: ignore[union-attr]
+                cut = answer.finish_reason == "length"
+                yield Sample(requests[int(output.request_id)].key, answer.text, len(answer.token_ids), cut)
+
+    try:
+        yield generate
+    finally:
+        engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+Generator = Callable[..., AbstractContextManager[Generate]]
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+PAPER = Path(__file__).with_name("paper_results.csv")
+
+
+def paper_rows(backbone: str) -> list[dict[str, str]]:
+    """The paper's rows for a backbone: `method`, `metric` ("avg" or "pass128") and a percentage a benchmark or ""."""
+    with PAPER.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["backbone"] == backbone]
+
+
+def paper_backbones() -> list[str]:
+    with PAPER.open(newline="") as file:
+        return sorted({row["backbone"] for row in csv.DictReader(file)})
+
+
+def table(results: dict[str, list[Result]], *, paper: str | None = None) -> str:
+    """Markdown: a row a model, Avg@k and Pass@k [%] a benchmark with their 95% intervals; below, the paper's rows."""
+    columns = [
+        (SET_OF_ALIAS.get(r.benchmark, r.benchmark), r.samples, r.problems) for r in next(iter(results.values()))
+    ]
+    header = ["model"]
+    for name, samples, problems in columns:
+        header.append(f"{name} ({problems}) Avg@{samples}")
+        header.extend([f"{name} Pass@{samples}"] if samples > 1 else [])
+    lines = [_row(header), _row(["---"] * len(header))]
+    for label, row in results.items():
+        cells = [label]
+        for result in row:
+            cells.append(_cell(result.avg))
+            cells.extend([_cell(result.pass_at[result.samples])] if result.samples > 1 else [])
+        lines.append(_row(cells))
+    published = paper_rows(paper) if paper else []
+    for method in dict.fromkeys(row["method"] for row in published):
+        values = {row["metric"]: row for row in published if row["method"] == method}
+        cells = [f"paper: {method}"]
+        for name, samples, _ in columns:
+            cells.append(values["avg"].get(name) or "-")
+            if samples > 1:
+                cells.append((values.get("pass128", {}).get(name) if samples == 128 else None) or "-")
+        lines.append(_row(cells))
+    notes = ["[low, high]: 95% interval over problems (Wilson at the effective sample size)."]
+    if paper:
+        contests = ", ".join(CONTESTS)
+        notes.append(
+            f"paper: arXiv 2601.12730, {paper}, as its authors print it; Avg@32 on {contests}, Pass@1 elsewhere, "
+            "and Pass@128 where k is 128."
+        )
+    return "\n".join([*lines, "", *notes])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(e: Estimate) -> str:
+    return f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        description="Sample benchmarks with vLLM, grade, and print Avg@k and Pass@k with intervals.",
+        epilog=f"benchmarks: {', '.join(BENCHMARKS)}; or any NAME with --data FILE",
+    )
+    add = parser.add_argument
+    add(
+        "--model", type=Path, action="append", required=True, metavar="DIR", help="Hugging Face folder; may be repeated"
+    )
+    add("--benchmark", action="append", required=True, metavar="NAME", help="may be repeated")
+    add(
+        "--data", type=Path, metavar="FILE", help="the benchmark's file, or a folder of NAME.jsonl; without it, the hub"
+    )
+    add("--problems", type=int, metavar="N", help="only the first N problems")
+    add("--preset", choices=PRESETS, default="pass1", help="the paper's sampling settings; default: %(default)s")
+    add("--samples", type=int, metavar="K", help="a problem; default: the preset's")
+    add("--temperature", type=float, help="default: the preset's")
+    add("--top-p", type=float, help="default: the preset's")
+    add("--max-tokens", type=int, default=8192, help="of a response; default: %(default)s, the paper's")
+    add("--seed", type=int, default=0)
+    add("--template", default="boxed_think", help="a name of tasks.TEMPLATES or a text with {problem}")
+    add("--system", help="system message; default: the chat template's own")
+    add("--no-chat", action="store_true", help="send the template as it is, for models without a chat template")
+    add("--extractor", choices=EXTRACTORS, default="boxed", help="default: %(default)s")
+    add("--deadline", type=float, default=10.0, help="of one symbolic comparison [s]; default: %(default)s")
+    add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s")
+    add("--paper", choices=paper_backbones(), help="add the paper's rows for this backbone")
+    add("--dtype", default="auto", help="vLLM's; default: %(default)s")
+    add("--tensor-parallel", type=int, default=1, help="devices of the engine; default: %(default)s")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="default: %(default)s")
+    add("--cpu-kv-cache-gb", type=float, default=2.0, help="default: %(default)s")
+    add("--trust-remote-code", action="store_true")
+    args = parser.parse_args(argv)
+    for name in ("problems", "samples", "max_tokens", "tensor_parallel"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1, not {value}")
+    preset = PRESETS[args.preset]
+    args.temperature = preset.temperature if args.temperature is None else args.temperature
+    args.top_p = preset.top_p if args.top_p is None else args.top_p
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error(f"temperature >= 0 and 0 < top-p <= 1 are needed, not {args.temperature} and {args.top_p}")
+    return args
+
+
+def samples_of(benchmark: str, args: argparse.Namespace) -> int:
+    preset = PRESETS[args.preset]
+    name = SET_OF_ALIAS.get(benchmark, benchmark)
+    return args.samples or (preset.contest_samples if name in CONTESTS else preset.samples)
+
+
+def benchmark_problems(name: str, args: argparse.Namespace) -> list[Problem]:
+    """The problems that are evaluated. Raises EvaluationError, PrepareError or TaskError."""
+    path, canonical = args.data, SET_OF_ALIAS.get(name, name)
+    if path is not None and path.is_dir():
+        stems = [name, canonical, *(SOURCES[canonical].aliases if canonical in SOURCES else ())]
+        files = [path / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".csv", ".parquet")]
+        path = next((file for file in files if file.is_file()), None)
+        if path is None:
+            raise EvaluationError(f"{args.data}: holds none of {', '.join(dict.fromkeys(f.name for f in files))}")
+    elif path is not None and len(args.benchmark) > 1:
+        raise EvaluationError(f"--data {path} is one file for {len(args.benchmark)} benchmarks; give their folder")
+    if path is None and canonical not in BENCHMARKS:
+        raise EvaluationError(
+            f"no benchmark is named {name!r}; take one of {', '.join(BENCHMARKS)}, or pass --data FILE"
+        )
+    if args.temperature == 0 and (samples := samples_of(name, args)) > 1:
+        raise EvaluationError(f"temperature 0 gives {samples} equal samples; pass --samples 1 or raise the temperature")
+    return load_problems(name, path)
+
+
+def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argparse.Namespace, *, sha256: str) -> Job:
+    """The job with the settings that its samples depend on: all of the file's prompts, not only the first N."""
+    template = prompt_template(args.template)
+    options = {"template": template, "system": args.system, "chat": not args.no_chat}
+    prompts = [render(problem, tokenizer=model.tokenizer, **options) for problem in problems]
+    ids = [problem.id for problem in problems]
+    settings = {
+        "benchmark": name,
+        "prompts_sha256": hashlib.sha256(json.dumps([ids, prompts]).encode()).hexdigest(),
+        "model_sha256": sha256,
+        "template": template.text,
+        "system": args.system,
+        "chat": not args.no_chat,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    path = args.output / model.label / f"{name}-T{args.temperature:g}.jsonl"
+    return Job(name, problems[: args.problems], prompts[: args.problems], samples_of(name, args), settings, path)
+
+
+def evaluate_model(
+    model: ModelFolder, problems: dict[str, list[Problem]], args: argparse.Namespace, generator: Generator
+) -> list[Result]:
+    """The model's result on each benchmark; the engine starts only if a sample is missing."""
+    sha256 = model.sha256()
+    jobs = [make_job(name, chosen, model, args, sha256=sha256) for name, chosen in problems.items()]
+    prompts = [Prompt(p, text) for job in jobs for p, text in zip(job.problems, job.prompts, strict=True)]
+    longest = check_prompt_lengths(
+        prompts, tokenizer=model.tokenizer, context=model.context, max_new_tokens=args.max_tokens
+    )
+    results = []
+    with ExitStack() as stack:
+        pool = stack.enter_context(
+            GraderPool(workers=min(8, os.cpu_count() or 1), extractor=args.extractor, deadline_s=args.deadline)
+        )
+        for job in jobs:
+            try:
+                pool.grade([""] * len(job.problems), [p.answer for p in job.problems])
+            except ValueError as error:  # before hours of sampling, not after
+                raise EvaluationError(f"{job.benchmark} cannot be graded: {error}") from error
+        started: list[Generate] = []
+
+        def generate() -> Generate:
+            if not started:
+                length = longest + args.max_tokens
+                started.append(stack.enter_context(generator(model.path, max_model_len=length, args=args)))
+            return started[0]
+
+        for job in jobs:
+            file = SampleFile(job.path, job.settings)
+            stack.callback(file.close)
+            fill(job, file, generate, seed=args.seed, title=f"{model.label} {job.benchmark}")
+            result, grades = score(job, file.samples, pool)
+            keep(job, result, grades)
+            results.append(result)
+    return results
+
+
+def summary(label: str, result: Result) -> str:
+    """One line about the samples behind a score: what a low score may come from."""
+    return (
+        f"{label} {result.benchmark}: {result.problems} problems x {result.samples}, {result.tokens:.0f} tokens on "
+        f"average, {result.truncated:.1%} cut at --max-tokens, {result.unanswered:.1%} without an answer, "
+        f"{result.timeouts} comparisons given up"
+    )
+
+
+def main(argv: Sequence[str] | None = None, *, generator: Generator = vllm_generator) -> int:
+    args = parse(argv)
+    results: dict[str, list[Result]] = {}
+    try:
+        problems = {name: benchmark_problems(name, args) for name in args.benchmark}
+        models = [ModelFolder(path, trust_remote_code=args.trust_remote_code) for path in args.model]
+        if len({model.label for model in models}) < len(models):
+            raise EvaluationError(f"models need different names, not {', '.join(m.label for m in models)}; rename one")
+        for model in models:
+            results[model.label] = evaluate_model(model, problems, args, generator)
+    except (EvaluationError, PrepareError, TaskError, GraderError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"evaluate: stopped; what is finished is kept in {args.output}; call again to go on", file=sys.stderr)
+        return 130
+    for label, row in results.items():
+        for result in row:
+            print(summary(label, result))
+    text = table(results, paper=args.paper)
+    (args.output / "table.md").write_text(text + "\n")
+    print(f"\n{text}\n\nsamples, grades and this table: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

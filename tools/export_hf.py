@@ -1,0 +1,159 @@
+"""A run's checkpoint as a Hugging Face folder that transformers and vLLM load; no cluster, no GPU, no process group.
+
+python -m tools.export_hf --checkpoint RUN/checkpoints/step_000100 --output DIR
+
+Weights are read from the checkpoint one Hugging Face tensor at a time, whatever mesh wrote it, and written in shards:
+memory holds one shard (--shard-gb) and, of a tensor, twice its size. Configuration, tokenizer and generation settings
+come from the folder that the run started from. To publish the result: hf upload USER/NAME DIR.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from dcpo_openrlhf import checkpoint
+from dcpo_openrlhf.megatron import names
+from dcpo_openrlhf.megatron.export import write_hf_folder
+
+_LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.experts."
+
+
+class ExportError(ValueError):
+    """A checkpoint or model folder that cannot be converted; names what is wrong and the remedy."""
+
+
+class CheckpointTensors:
+    """The policy's tensors in a checkpoint of megatron-core, of which any slice can be read without the others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = FileSystemReader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.sizes = {
+            key: value.size
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata) and not key.startswith("optimizer.")
+        }
+        self._metadata = metadata.state_dict_metadata
+
+    def read(self, key: str, *index: int) -> Tensor:
+        """The tensor of `key` at `index` of its leading dimensions (layer, expert)."""
+        stored = self._metadata[key]
+        assert isinstance(stored, TensorStorageMetadata)
+        rest = tuple(stored.size[len(index) :])
+        offsets = torch.Size((*index, *(0,) * len(rest)))
+        out = torch.empty((*(1,) * len(index), *rest), dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(offsets, out.shape)])
+        self._reader.read_data(LoadPlan(items), _Into(out)).wait()
+        return out.view(rest)
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self._out = out
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._out
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        out = self._out
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            out = out.narrow(dim, start, length)
+        return out
+
+
+def hf_tensors(folder: Path, hf: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of every weight in the checkpoint `folder`, first layer first."""
+    tensors = CheckpointTensors(folder)
+    shape = _shape(tensors, hf)
+    tied = bool(hf.get("tie_word_embeddings", False))
+    for name, key, index in _parameters(tensors):
+        if tied and name == "output_layer.weight":
+            continue  # a last pipeline stage's copy of the embedding
+        entry = names.entry_of(name)
+        yield from zip(entry.hf_names, entry.cut.merge([tensors.read(key, *index)], shape), strict=True)
+
+
+def _parameters(tensors: CheckpointTensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(Megatron name with layer and expert, key in the checkpoint, where in that key's tensor): layers lie in one."""
+    outside = [key for key in tensors.sizes if not key.startswith(_LAYERS)]
+    inside = [key for key in tensors.sizes if key.startswith(_LAYERS)]
+    if any(re.match(r"\d", key.removeprefix(_LAYERS)) for key in inside):
+        raise ExportError("layers saved one by one are not read here; save the checkpoint with dcpo_openrlhf")
+    yield from ((key, key, ()) for key in outside)
+    for layer in range(tensors.sizes[inside[0]][0]):
+        for key in inside:
+            rest = key.removeprefix(_LAYERS)
+            if not rest.startswith(_EXPERTS):
+                yield f"{_LAYERS}{layer}.{rest}", key, (layer,)
+                continue
+            weight = rest.removeprefix(_EXPERTS)
+            for expert in range(tensors.sizes[key][1]):
+                yield f"{_LAYERS}{layer}.mlp.experts.local_experts.{expert}.{weight}", key, (layer, expert)
+
+
+def _shape(tensors: CheckpointTensors, hf: dict[str, Any]) -> names.Shape:
+    heads = hf["num_attention_heads"]
+    shape = names.Shape(
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        vocab_size=hf["vocab_size"],
+        padded_vocab_size=tensors.sizes["embedding.word_embeddings.weight"][0],
+    )
+    qkv = tensors.sizes[_LAYERS + "self_attention.linear_qkv.weight"]
+    if (qkv[0], qkv[1]) != (hf["num_hidden_layers"], (shape.heads + 2 * shape.kv_heads) * shape.head_dim):
+        raise ExportError(
+            f"the checkpoint has {qkv[0]} layers with {qkv[1]} rows of queries, keys and values, the model's "
+            f"config.json {hf['num_hidden_layers']} layers, {shape.heads} heads, {shape.kv_heads} key/value heads of "
+            f"{shape.head_dim}; name the model that the run started from: --model DIR"
+        )
+    return shape
+
+
+def export(folder: Path, output: Path, *, model: Path | None = None, shard_gb: float = 5.0) -> Path:
+    """`output`: the Hugging Face folder of the checkpoint `folder`. Raises ExportError."""
+    if wrong := checkpoint.damage(folder):
+        raise ExportError(f"--checkpoint {folder} is not a whole checkpoint (step_NNNNNN): {wrong}; name another one")
+    if model is None:
+        state = json.loads((folder / checkpoint.STATE).read_text())
+        model = Path(state["recipe"]["model"]["path"])
+    if not (model / "config.json").is_file():
+        raise ExportError(f"the model that the run started from is not at {model}; say where it is: --model DIR")
+    hf = json.loads((model / "config.json").read_text())
+    return write_hf_folder(hf_tensors(folder, hf), source=model, output=output, shard_bytes=int(shard_gb * 2**30))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step_NNNNNN")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="replaced only when all is written")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="source of config and tokenizer; default: the run's")
+    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GIB", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        export(arguments.checkpoint, arguments.output, model=arguments.model, shard_gb=arguments.shard_gb)
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

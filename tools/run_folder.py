@@ -1,0 +1,68 @@
+"""What a run folder holds, for the tools that read finished runs. Errors name file, line and remedy."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class RunError(ValueError):
+    """A run folder that cannot be read."""
+
+
+def read_jsonl(file: Path) -> list[Row]:
+    """The objects of a JSONL file, one a line. Raises RunError for anything else."""
+    rows = []
+    try:
+        # Split on \n alone: str.splitlines would also split inside a string that holds U+2028.
+        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    for number, line in enumerate(lines if lines != [b""] else [], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{file}, line {number}: not JSON ({error}); is the run still writing it?") from error
+        if not isinstance(row, dict):
+            raise RunError(f"{file}, line {number}: {type(row).__name__} instead of an object; is this a run's file?")
+        rows.append(row)
+    return rows
+
+
+def metrics(run: Path) -> dict[int, Row]:
+    """Rows of RUN/metrics.jsonl by step. Of a step made twice, before and after a resume, the later one.
+
+    Rows without train/step, which no training step wrote, are left out.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; name the folder of a run")
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise RunError(f"{file}: no such file; name the folder of a run that has finished a step")
+    rows = {int(row["train/step"]): row for row in read_jsonl(file) if isinstance(row.get("train/step"), int | float)}
+    if not rows:
+        raise RunError(f"{file}: no line has train/step; the run has finished no step")
+    return rows
+
+
+def optional(run: Path, name: str) -> list[Row]:
+    """Rows of RUN/NAME; none where there is no such file."""
+    file = run / name
+    return read_jsonl(file) if file.is_file() else []
+
+
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+
+
+def sample_files(run: Path) -> dict[int, Path]:
+    """RUN/samples/step_NNNNNN.jsonl by step, in order."""
+
+    def found() -> Iterator[tuple[int, Path]]:
+        for file in (run / "samples").glob("step_*.jsonl"):
+            if match := _STEP_FILE.fullmatch(file.name):
+                yield int(match[1]), file
+
+    return dict(sorted(found()))
