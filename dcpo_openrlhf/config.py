@@ -99,7 +99,7 @@ class Method(Section):
     alpha_schedule: Literal["reference", "paper", "constant", "pi"] = "reference"
     alpha_max: Annotated[float, Field(ge=0)] = 0.1
     """reference: cap of |H_0 - H| before the division by the success rate. constant: alpha itself."""
-    proportional_gain: Annotated[float, Field(ge=0)] = 8.0
+    proportional_gain: Annotated[float, Field(ge=0)] = 16.0
     """[1/nat], schedule pi: alpha is alpha_max / success rate from 1 / gain nats away from H_0."""
     integral_gain: Annotated[float, Field(ge=0)] = 0.1
     """[1/(nat step)], schedule pi: how fast the remaining distance to H_0 is worked off."""

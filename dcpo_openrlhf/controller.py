@@ -43,7 +43,7 @@ class EntropyController:
         alpha_schedule: AlphaSchedule = "reference",
         alpha_max: Number = 0.1,
         temperature_rule: TemperatureRule = "switch",
-        proportional_gain: Number = 8.0,
+        proportional_gain: Number = 16.0,
         integral_gain: Number = 0.1,
         entropy_source: EntropySource = "exact",
     ) -> None:
@@ -51,7 +51,7 @@ class EntropyController:
 
         target_entropy: H_0 [nats/token].  alpha_max: cap of `reference` and `pi` before the division by the success
         rate; alpha itself for `constant`; `paper` has none.
-        proportional_gain [1/nat], integral_gain [1/(nat step)]: `pi` alone; 8 saturates 1/8 nat away from H_0.
+        proportional_gain [1/nat], integral_gain [1/(nat step)]: `pi` alone; 16 saturates 1/16 nat away from H_0.
         """
         numbers = {
             "target_entropy": target_entropy,
