@@ -128,7 +128,8 @@ class Optimizer(Section):
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta2: Fraction = 0.999
+    """As in the authors' code."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -465,30 +466,78 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The validated recipe in `path` with `overrides` ("section.key=value", typed by the schema) applied.
+    """The validated recipe in `path`, laid over its base, with `overrides` ("section.key=value") applied.
 
     Raises RecipeError naming every violation: unknown keys with their path and the nearest known name, wrong types,
-    broken rules.
+    broken rules; and the base that a bad key stands in.
     """
     path = Path(path)
+    values, homes = _layers(path, named_by="--recipe")
+    for override in overrides or []:
+        _apply_override(values, override)
+        homes.pop(tuple(override.partition("=")[0].split(".")), None)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(e)) + _home(e["loc"], homes, path) for e in error.errors()]
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in "\n".join(lines).splitlines())) from None
+
+
+Homes = dict[tuple[Any, ...], Path]
+"""(section,) and (section, key) -> the file that sets it."""
+
+
+def _layers(path: Path, *, named_by: str, above: tuple[Path, ...] = ()) -> tuple[dict[Any, Any], Homes]:
+    """The recipe in `path` laid over its base, which may have a base itself, and where each value stands."""
+    own = _read(path, named_by)
+    values: dict[Any, Any] = {}
+    homes: Homes = {}
+    if "base" in own:
+        name, chain = own.pop("base"), (*above, path)
+        if not isinstance(name, str) or not name:
+            raise RecipeError(
+                f"{path}: base = {name!r} must be the path of a recipe, from {path.parent}/; name one or drop the key"
+            )
+        base = path.parent / Path(os.path.expandvars(name)).expanduser()
+        if base.resolve() in (file.resolve() for file in chain):
+            circle = " -> ".join(str(file) for file in (*chain, base))
+            raise RecipeError(f"{path}: base = {name} leads in a circle: {circle}; drop one of these keys")
+        values, homes = _layers(base, named_by=f"{path}: base =", above=chain)
+    for section, keys in own.items():
+        below = values.get(section, {})
+        if not isinstance(below, dict):  # an error in the base, which is told
+            continue
+        values[section] = below | keys if isinstance(keys, dict) else keys
+        homes |= {(section,): path} | ({(section, key): path for key in keys} if isinstance(keys, dict) else {})
+    return values, homes
+
+
+def _read(path: Path, named_by: str) -> dict[Any, Any]:
+    """The mapping in the file; `named_by` begins the error where there is none."""
     try:
         values = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
-        raise RecipeError(f"--recipe {path}: no such file; recipes/ holds the ones that ship") from None
+        where = (
+            "recipes/ holds the ones that ship"
+            if named_by == "--recipe"
+            else "a base is looked for from the folder of the recipe that names it: copy it there too, or "
+            "copy what --dry-run prints, which needs no base"
+        )
+        raise RecipeError(f"{named_by} {path}: no such file; {where}") from None
     except OSError as error:
-        raise RecipeError(f"--recipe {path}: cannot be read ({error.strerror}); name a readable file") from None
+        raise RecipeError(f"{named_by} {path}: cannot be read ({error.strerror}); name a readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__} {values!r:.60}")
-    for override in overrides or []:
-        _apply_override(values, override)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(dict(e)) for e in error.errors()]
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in "\n".join(lines).splitlines())) from None
+    return values
+
+
+def _home(where: tuple[Any, ...], homes: Homes, recipe: Path) -> str:
+    """What to say of a bad value's place: nothing where that is the recipe itself."""
+    file = homes.get(where[:2])
+    return f" (in {file})" if file and file != recipe else ""
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -549,7 +598,8 @@ def _explain(error: dict[str, Any]) -> str:
         model: Any = Recipe
         for part in path:
             model = model.model_fields[part].annotation
-        return f"unknown key {where}{_nearest(str(name), model.model_fields)}"
+        known = model.model_fields if path else ["base", *model.model_fields]
+        return f"unknown key {where}{_nearest(str(name), known)}"
     if error["type"] == "missing":
         section = Recipe.model_fields[error["loc"][0]].annotation
         keys = [where] if len(error["loc"]) > 1 else [f"{where}.{k}" for k in _required(section)]

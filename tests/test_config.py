@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dcpo_openrlhf.config import Recipe, RecipeError, _rules, load_recipe, resolved_yaml
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}
 
 
@@ -38,6 +38,89 @@ def test_every_shipped_recipe_loads_and_resolves_to_itself(path: Path, tmp_path:
     assert load_recipe(write(tmp_path, resolved_yaml(recipe))) == recipe
     device = "cpu" if path.stem.endswith("-cpu") else "cuda"
     assert (recipe.method.name, recipe.run.device) == (path.stem.split("-")[0], device), "METHOD-MODEL-DEVICES.yaml"
+
+
+def layers(tmp_path: Path, **files: object) -> Path:
+    """The first of these recipe files, whose names end in .yaml on disk; a name with __ in it lies in a folder."""
+    for name, content in files.items():
+        file = tmp_path / (name.replace("__", "/") + ".yaml")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(content))
+    return tmp_path / (next(iter(files)).replace("__", "/") + ".yaml")
+
+
+BASE = MINIMAL | {"train": {"steps": 5, "group_size": 4}, "run": {"seed": 7}}
+
+
+def test_recipe_is_laid_over_its_base_section_by_section(tmp_path: Path) -> None:
+    file = layers(
+        tmp_path,
+        sweep__top={"base": "../middle.yaml", "train": {"steps": 9}},
+        middle={"base": "sweep/bottom.yaml", "train": {"steps": 8, "micro_batch_size": 2}, "method": {"name": "grpo"}},
+        sweep__bottom=BASE,
+    )
+    recipe = load_recipe(file, ["run.seed=3"])
+    assert (recipe.train.steps, recipe.train.micro_batch_size, recipe.train.group_size) == (9, 2, 4)
+    assert (recipe.method.name, recipe.run.seed, recipe.model.path) == ("grpo", 3, Path("models/tiny"))
+    assert "base" not in yaml.safe_load(resolved_yaml(recipe))
+    moved = tmp_path / "elsewhere.yaml"
+    moved.write_text(resolved_yaml(recipe))
+    assert load_recipe(moved) == recipe
+
+
+def test_base_that_is_not_there_names_both_files_and_what_to_do(tmp_path: Path) -> None:
+    file = layers(tmp_path, runs__copied={"base": "dcpo.yaml"})
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: base = {tmp_path}/runs/dcpo.yaml: no such file; a base is looked for from")
+    assert "copy what --dry-run prints" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("base", [3, "", None, ["a.yaml"], {"a": 1}])
+def test_base_must_be_a_path(base: object, tmp_path: Path) -> None:
+    assert f"base = {base!r} must be the path of a recipe" in refused(tmp_path, MINIMAL | {"base": base})
+
+
+def test_bases_in_a_circle_are_told_whole(tmp_path: Path) -> None:
+    file = layers(tmp_path, a={"base": "b.yaml"}, b={"base": "../" + tmp_path.name + "/a.yaml"})
+    with pytest.raises(RecipeError, match=r"b\.yaml: base = .*a\.yaml leads in a circle: .*a.yaml -> .*b.yaml -> .*a"):
+        load_recipe(file)
+    assert "leads in a circle" in refused(tmp_path, MINIMAL | {"base": "recipe.yaml"})
+
+
+def test_bad_key_of_a_base_names_the_file_it_stands_in(tmp_path: Path) -> None:
+    file = layers(
+        tmp_path,
+        top={"base": "bottom.yaml", "train": {"stepz": 1}, "reward": {"workers": 0}, "rollout": {"engines": 2}},
+        bottom=BASE | {"trian": {}, "loss": {"clip": 1}, "rollout": 3, "method": {"alpha_max": -1, "mixing": "x"}},
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, ["method.mixing=y"])
+    title, *lines = str(caught.value).splitlines()
+    assert title == f"{file}:"
+    in_base = f" (in {tmp_path}/bottom.yaml)"
+    for text, told in [
+        ("unknown key trian;", in_base),
+        ("unknown key loss.clip;", in_base),
+        ("method.alpha_max = -1 must be", in_base),
+        ("rollout = 3 must be a mapping", in_base),
+        ("unknown key train.stepz;", ""),
+        ("reward.workers = 0 must be", ""),
+        ("method.mixing = 'y' must be", ""),
+    ]:
+        (line,) = [line for line in lines if line.startswith(f"  {text}")]
+        assert line.endswith(in_base) == bool(told), line
+    assert len(lines) == 7
+
+
+def test_broken_base_names_itself(tmp_path: Path) -> None:
+    file = layers(tmp_path, top={"base": "bottom.yaml"}, bottom=["a"])
+    with pytest.raises(RecipeError, match=r"^\S+bottom\.yaml: a recipe is a mapping of sections, got list"):
+        load_recipe(file)
+    (tmp_path / "bottom.yaml").write_text("train: {steps: 1, steps: 2}")
+    with pytest.raises(RecipeError, match=r"^\S+bottom\.yaml: cannot be read as YAML: key 'steps' stands twice"):
+        load_recipe(file)
 
 
 def test_resolved_yaml_lists_every_setting_and_reads_back_equal(tmp_path: Path) -> None:
@@ -107,6 +190,7 @@ def test_home_and_variables_in_paths_are_filled_in(tmp_path: Path, monkeypatch: 
     ("content", "overrides", "said"),
     [
         (MINIMAL | {"trian": {"steps": 1}}, [], ["unknown key trian;", "did you mean 'train'?"]),
+        (MINIMAL | {"Base": "x.yaml"}, [], ["unknown key Base;", "did you mean 'base'?"]),
         (MINIMAL | {"train": {"group_sise": 4}}, [], ["unknown key train.group_sise;", "did you mean 'group_size'?"]),
         (MINIMAL | {"method": {"zzz": 1}}, [], ["unknown key method.zzz; known: name, mixing"]),
         (MINIMAL, ["train.group_sise=4"], ["override 'train.group_sise=4'", "did you mean 'group_size'?"]),

@@ -95,7 +95,7 @@ def test_the_first_stage_holds_most_activations_and_the_last_the_logits() -> Non
 
 def test_experts_are_shared_out_over_expert_ranks() -> None:
     s = sizes("Qwen3-30B-A3B")
-    r = load_recipe(ROOT / "recipes" / "dcpo-qwen3-30b-a3b-4x8xa800.yaml")
+    r = load_recipe(ROOT / "recipes" / "cluster" / "dcpo-qwen3-30b-a3b-4x8xa800.yaml")
     need = memory.trainer_memory(s, r)
     dense, experts = s.parameters - s.expert_parameters, s.expert_parameters / 16
     assert need.weights == pytest.approx(2 * (dense + experts), rel=1e-4)
