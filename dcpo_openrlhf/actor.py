@@ -109,6 +109,17 @@ class MegatronActorBase(BaseModelActor):
         self.weight_sync.send_weights()
         return self.weight_sync.version
 
+    def sent_checksums(self) -> dict[str, int]:
+        """name -> checksum of what the last sync sent; empty off rank 0, with checks off, and over nccl and ipc."""
+        return self.weight_sync.checksums
+
+    def scale_weights(self, factor: float) -> None:
+        """Multiply every weight, so that a check sees new ones arrive; the policy is not to be trained afterwards."""
+        with torch.no_grad():
+            for chunk in self.policy.chunks:
+                for weight in chunk.parameters():
+                    weight.mul_(factor)
+
     @cached_property
     def checkpoint(self) -> "PolicyCheckpoint":
         from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint

@@ -118,7 +118,8 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
     @torch.no_grad()
     def make_experience(self, samples_list: list[DCPOExperience]) -> list[DCPOExperience]:
         """log pi_old, log pi_old^T for every T, and exact entropy, from one forward of the policy over each row."""
-        for experience, stats in zip(samples_list, self._statistics(samples_list, self.temperatures), strict=True):
+        rows = [e.rows() for e in samples_list]
+        for experience, stats in zip(samples_list, self.statistics(rows, self.temperatures), strict=True):
             experience.action_log_probs = stats["logp"]
             experience.entropy = stats["entropy"]
             experience.tempered_log_probs = stats["tempered_logp"]
@@ -127,8 +128,8 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         )
         return samples_list
 
-    def _statistics(self, experiences: list[DCPOExperience], temperatures: list[float]) -> list[dict[str, Tensor]]:
-        rows = [e.rows() for e in experiences]
+    def statistics(self, rows: Sequence[Rows], temperatures: list[float]) -> list[dict[str, Tensor]]:
+        """Token statistics of the policy for each batch of rows, of any size."""
         data = self.recipe.parallel.data  # every data rank takes equally many rows: the first ones fill it up
         full = [r.take(torch.arange(-(-len(r) // data) * data) % len(r)) for r in rows]
         refs = self.actor_model_group.async_run_method_batch(
@@ -190,7 +191,8 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             drawn = self.resample(temperature, -(-t.prompts_per_step // AEPO_SHARE))
             self._replace_rows(experiences, drawn)
         extra = [e.tempered for e in experiences if e.tempered is not None]
-        for tempered, stats in zip(extra, self._statistics(extra, [temperature]) if extra else [], strict=True):
+        found = self.statistics([e.rows() for e in extra], [temperature]) if extra else []
+        for tempered, stats in zip(extra, found, strict=True):
             tempered.action_log_probs, tempered.entropy = stats["logp"], stats["entropy"]
             tempered.tempered_log_probs = stats["tempered_logp"]
             self._set_advantages(tempered, stats["tempered_logp"][..., 0], tempered=True)
@@ -220,7 +222,8 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         """log pi_old^T at the chosen T; a T that was not foreseen (the continuous rule) costs a second forward."""
         if temperature in self.temperatures:
             return [e.tempered_log_probs[..., self.temperatures.index(temperature)] for e in experiences]
-        return [stats["tempered_logp"][..., 0] for stats in self._statistics(experiences, [temperature])]
+        found = self.statistics([e.rows() for e in experiences], [temperature])
+        return [stats["tempered_logp"][..., 0] for stats in found]
 
 
 def batch_entropies(experiences: list[DCPOExperience]) -> tuple[float, float]:

@@ -53,14 +53,32 @@ def check(recipe: Recipe, *, dry_run: bool = False) -> list[str]:
     dry_run: what this machine lacks (GPUs, weights, data, room) is no error and is returned instead, so that a recipe
     can be planned anywhere.
     """
-    wrong = [text for part in (_method, _model) for text in part(recipe, dry_run)]
-    parts = (_weights, _run_folder, _resume, _replay, _data_files, _disk, _ports, _cluster, _devices, _packages)
-    lacking = [text for part in parts for text in part(recipe)]
+    found = violations(recipe, dry_run=dry_run)
+    wrong = found.pop("method") + found.pop("model")
+    lacking = [text for texts in found.values() for text in texts]
     if dry_run and _config_file(recipe, dry_run=True) == recipe.model.config:
         lacking.insert(0, f"model.path = {recipe.model.path} holds no model yet; download it there")
     if wrong or (lacking and not dry_run):
         raise RecipeError("the recipe cannot run:\n" + "\n".join(f"  {text}" for text in wrong + lacking))
     return lacking
+
+
+def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]:
+    """Each check's name -> what it found, with the remedy; the first two, method and model, are the same anywhere."""
+    machine = {
+        "weights": _weights,
+        "run folder": _run_folder,
+        "resume": _resume,
+        "replay": _replay,
+        "data files": _data_files,
+        "disk": _disk,
+        "ports": _ports,
+        "cluster": _cluster,
+        "devices": _devices,
+        "packages": _packages,
+    }
+    found = {"method": list(_method(recipe)), "model": list(_model(recipe, dry_run))}
+    return found | {name: list(part(recipe)) for name, part in machine.items()}
 
 
 def plan(recipe: Recipe, lacking: list[str]) -> str:
@@ -124,7 +142,7 @@ def _devices_sum(recipe: Recipe) -> str:
     )
 
 
-def _method(recipe: Recipe, _: bool = False) -> Iterator[str]:
+def _method(recipe: Recipe) -> Iterator[str]:
     name = recipe.method.name
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)

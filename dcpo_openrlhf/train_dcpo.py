@@ -11,13 +11,16 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import checkpoint, preflight, signals, tasks
 from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe, resolved_yaml
 from dcpo_openrlhf.monitor_causes import MonitorStop
 from dcpo_openrlhf.signals import Interrupted
+
+if TYPE_CHECKING:
+    from dcpo_openrlhf.trainer import DCPOTrainer
 
 logger = logging.getLogger("dcpo_openrlhf")
 
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     128 + signal after a signal.
     """
     arguments = _parser().parse_args(argv)
-    _log_to_stdout()
+    log_to(sys.stdout)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
@@ -51,16 +54,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: Recipe) -> None:
-    """Read the data, join or start Ray, start engines and policy, train, and leave nothing behind."""
+    """Start everything, train, and leave nothing behind."""
+    c = recipe.checkpoint
+    bound = c.signal_timeout if c.every and c.on_signal else 0.0
+    with started(recipe, signal_bound=bound) as trainer:
+        try:
+            trainer.generate_only() if recipe.train.rollout_only else trainer.fit()
+        except Interrupted:
+            if bound:
+                _before_exit(trainer.save_before_exit, signals.seconds_left())
+            raise
+        except Exception:
+            _before_exit(trainer.checkpoints.finish, c.signal_timeout)
+            raise
+
+
+@contextlib.contextmanager
+def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrainer"]:
+    """The recipe's trainer, with data read, Ray joined or started, graders, engines and policy up: all of it is ended
+    on the way out. SIGINT and SIGTERM raise Interrupted inside; signal_bound as in signals.raising.
+    """
     tokenizer = _tokenizer(recipe)
     prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
     point = checkpoint.resume_point(recipe)
     if point is not None:
         prompts.load_state_dict(point.state()["prompts"])
     checkpoint.prepare_run_folder(recipe, point)
-    c = recipe.checkpoint
-    bound = c.signal_timeout if c.every and c.on_signal else 0.0
-    with signals.raising(bound) as install, contextlib.ExitStack() as stack:
+    with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
         _join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
         # these import ray, vllm and megatron: seconds that bad input should not cost
@@ -75,18 +95,9 @@ def run(recipe: Recipe) -> None:
             )
         )
         engines, group = _start_actors(recipe, strategy, stack)
-        trainer = DCPOTrainer(
+        yield DCPOTrainer(
             strategy, group, engines, tokenizer, prompts=prompts, heldout=heldout, grader=grader, point=point
         )
-        try:
-            trainer.generate_only() if recipe.train.rollout_only else trainer.fit()
-        except Interrupted:
-            if bound:
-                _before_exit(trainer.save_before_exit, signals.seconds_left())
-            raise
-        except Exception:
-            _before_exit(trainer.checkpoints.finish, c.signal_timeout)
-            raise
 
 
 def _before_exit(save: Callable[[], Any], seconds: float) -> None:
@@ -100,10 +111,10 @@ def _before_exit(save: Callable[[], Any], seconds: float) -> None:
         logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
 
 
-def _log_to_stdout() -> None:
+def log_to(stream: TextIO) -> None:
     """One line a step from this package; from the libraries, warnings that a user can act on."""
     logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stdout, force=True
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=stream, force=True
     )
     logger.setLevel(logging.INFO)
     for category in (FutureWarning, DeprecationWarning, UserWarning):

@@ -218,7 +218,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.weights_version += 1
         if not self.vllm_engines:
             return
-        with self._engines_awake(["weights"], policy_away=False):
+        with self.engines_awake(["weights"], policy_away=False):
             self.broadcast_to_vllm()
         versions = set(ray.get([engine.weight_version.remote() for engine in self.vllm_engines]))
         if versions != {self.weights_version}:
@@ -227,7 +227,7 @@ class DCPOTrainer(BasePPOTrainer):
             )
 
     @contextlib.contextmanager
-    def _engines_awake(self, parts: list[str] | None = None, *, policy_away: bool) -> Iterator[None]:
+    def engines_awake(self, parts: list[str] | None = None, *, policy_away: bool) -> Iterator[None]:
         """Colocated engines take the devices for this block (None: wholly); others have devices of their own."""
         if not self.recipe.parallel.colocate:
             yield
@@ -348,7 +348,7 @@ class DCPOTrainer(BasePPOTrainer):
 
     def _generate(self, prompts: Sequence[tasks.Prompt], **sampling: Any) -> list[Any]:
         r = self.recipe.rollout
-        with self._engines_awake(policy_away=True):
+        with self.engines_awake(policy_away=True):
             return self.generator.generate(
                 [p.text for p in prompts],
                 [p.problem.answer for p in prompts],

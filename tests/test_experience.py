@@ -196,7 +196,7 @@ def test_statistics_of_rows_that_do_not_divide_over_the_data_ranks_are_filled_up
     sent = []
     gather = maker.actor_model_group.gather
     maker.actor_model_group.gather = lambda refs: sent.extend(len(r["logp"]) for r in refs) or gather(refs)
-    (stats,) = maker._statistics([update], [1.2])
+    (stats,) = maker.statistics([update.rows()], [1.2])
     assert sent == [6] and len(stats["logp"]) == 4
 
 

@@ -51,7 +51,7 @@ def main(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(train_dcpo, "_join_ray", started)
-    monkeypatch.setattr(train_dcpo, "_log_to_stdout", lambda: None)  # it would take pytest's log handlers away
+    monkeypatch.setattr(train_dcpo, "log_to", lambda _: None)  # it would take pytest's log handlers away
 
     def call(*arguments: str) -> tuple[int, str, str]:
         status = train_dcpo.main(["--recipe", str(recipe), *arguments])
