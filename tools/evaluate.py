@@ -7,33 +7,27 @@ that asks for more samples or problems. Grades are computed from the kept sample
 """
 
 import argparse
-import csv
-import fcntl
 import hashlib
 import json
-import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from dcpo_openrlhf.rewards import EXTRACTORS, Grade, GraderError, GraderPool
 from dcpo_openrlhf.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
+from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile
+from tools.scores import CONTESTS, Result, estimate, paper_backbones, pass_at_k, table
 
 BENCHMARKS = [name for name, source in SOURCES.items() if source.kind == "test"]
-CONTESTS = ("aime24", "aime25", "amc", "hmmt25")
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked; names the rule, the values seen and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -52,140 +46,8 @@ PRESETS = {
     "pass128": Preset(temperature=0.6, samples=128, contest_samples=128),
 }
 
-# --- estimators ------------------------------------------------------------------------------------------------------
-
-
-def pass_at_k(*, n: int, correct: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k), the probability that k of the n samples hold one of the c correct ones.
-
-    Unbiased for the chance that k fresh samples do; as a product, which does not overflow. Chen et al. 2021, Eq. 1.
-    """
-    if not (0 <= correct <= n and 1 <= k <= n):
-        raise ValueError(f"0 <= correct <= n and 1 <= k <= n are needed, not correct {correct}, n {n}, k {k}")
-    if n - correct < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
-
-
-class Estimate(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-
-def estimate(scores: Sequence[float], *, samples: int, z: float = 1.96) -> Estimate:
-    """Mean of one score in [0, 1] a problem, with a 95% interval for other problems of the same kind.
-
-    Problems are the clusters (Miller 2024, arXiv 2411.00640): samples of one problem are not independent. The interval
-    is Wilson's at the effective number of samples p (1 - p) / Var(mean), at most problems * samples (Korn & Graubard
-    1998), which stays inside [0, 1] and keeps a width at 0 and 1. With one sample a problem it is Wilson's own.
-    """
-    problems, p = len(scores), math.fsum(scores) / len(scores)
-    variance = math.fsum((score - p) ** 2 for score in scores) / problems**2
-    size = min(p * (1 - p) / variance, problems * samples) if variance > 0 else problems
-    centre, scale = p + z * z / (2 * size), 1 + z * z / size
-    half = z * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
-    return Estimate(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
-
-
-# --- samples and their file ------------------------------------------------------------------------------------------
-
-Key = tuple[str, int]
-"""(problem id, number of the sample)"""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample that is asked for."""
-
-    key: Key
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One response."""
-
-    key: Key
-    response: str
-    tokens: int
-    truncated: bool
-
-
 Generate = Callable[[Sequence[Request]], Iterator[Sample]]
 """Yields the samples of the requests, each as soon as it is finished."""
-
-
-class SampleFile:
-    """JSONL: a header with the settings, then one sample a line in the order of their ends.
-
-    A torn last line, as a kill leaves it, is cut off. Raises EvaluationError for other settings, for any other line
-    that is not a sample, and while another process writes the file.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.samples = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._load(settings)
-        except BlockingIOError as error:
-            self._file.close()
-            raise EvaluationError(f"{path}: another evaluation writes it; wait, or take another --output") from error
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _load(self, settings: dict[str, Any]) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
-        lines = whole.splitlines()
-        if not lines:
-            self._write({"evaluation": settings})
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if number == 1:
-                    self._check(row["evaluation"], settings)
-                else:
-                    sample = Sample((row["id"], row["sample"]), row["response"], row["tokens"], row["truncated"])
-                    self.samples[sample.key] = sample
-            except (ValueError, KeyError, TypeError) as error:
-                if isinstance(error, EvaluationError):
-                    raise
-                what = "the header of an evaluation" if number == 1 else "a sample"
-                raise EvaluationError(
-                    f"{self.path}:{number}: not {what} ({error!r}); remove the line or the file, or change --output"
-                ) from error
-
-    def _check(self, kept: dict[str, Any], settings: dict[str, Any]) -> None:
-        different = [key for key in kept.keys() | settings.keys() if kept.get(key) != settings.get(key)]
-        if different:
-            values = "; ".join(
-                f"{key}: {kept.get(key)!r} there, {settings.get(key)!r} now" for key in sorted(different)
-            )
-            raise EvaluationError(
-                f"{self.path} was made with other settings ({values}); use the same ones, take another --output, "
-                "or remove the file"
-            )
-
-    def append(self, sample: Sample) -> None:
-        id, number = sample.key
-        rest = {"response": sample.response, "tokens": sample.tokens, "truncated": sample.truncated}
-        self._write({"id": id, "sample": number, **rest})
-        self.samples[sample.key] = sample
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
 
 # --- one model on one benchmark --------------------------------------------------------------------------------------
 
@@ -224,27 +86,6 @@ def fill(job: Job, file: SampleFile, generate: Callable[[], Generate], *, seed: 
         for sample in samples:
             file.append(sample)
             bar.update()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a model scored on a benchmark."""
-
-    benchmark: str
-    problems: int
-    samples: int
-    avg: Estimate
-    """Avg@samples."""
-    pass_at: dict[int, Estimate]
-    """Pass@k for the powers of two below `samples`, and for `samples`."""
-    truncated: float
-    """Share of samples that ended at --max-tokens."""
-    unanswered: float
-    """Share of samples in which no final answer was found."""
-    tokens: float
-    """Mean length."""
-    timeouts: int
-    """Answers graded 0 since their comparison took too long or broke its process."""
 
 
 def score(job: Job, samples: dict[Key, Sample], pool: GraderPool) -> tuple[Result, list[Grade]]:
@@ -384,65 +225,6 @@ def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace)
 
 
 Generator = Callable[..., AbstractContextManager[Generate]]
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-PAPER = Path(__file__).with_name("paper_results.csv")
-
-
-def paper_rows(backbone: str) -> list[dict[str, str]]:
-    """The paper's rows for a backbone: `method`, `metric` ("avg" or "pass128") and a percentage a benchmark or ""."""
-    with PAPER.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["backbone"] == backbone]
-
-
-def paper_backbones() -> list[str]:
-    with PAPER.open(newline="") as file:
-        return sorted({row["backbone"] for row in csv.DictReader(file)})
-
-
-def table(results: dict[str, list[Result]], *, paper: str | None = None) -> str:
-    """Markdown: a row a model, Avg@k and Pass@k [%] a benchmark with their 95% intervals; below, the paper's rows."""
-    columns = [
-        (SET_OF_ALIAS.get(r.benchmark, r.benchmark), r.samples, r.problems) for r in next(iter(results.values()))
-    ]
-    header = ["model"]
-    for name, samples, problems in columns:
-        header.append(f"{name} ({problems}) Avg@{samples}")
-        header.extend([f"{name} Pass@{samples}"] if samples > 1 else [])
-    lines = [_row(header), _row(["---"] * len(header))]
-    for label, row in results.items():
-        cells = [label]
-        for result in row:
-            cells.append(_cell(result.avg))
-            cells.extend([_cell(result.pass_at[result.samples])] if result.samples > 1 else [])
-        lines.append(_row(cells))
-    published = paper_rows(paper) if paper else []
-    for method in dict.fromkeys(row["method"] for row in published):
-        values = {row["metric"]: row for row in published if row["method"] == method}
-        cells = [f"paper: {method}"]
-        for name, samples, _ in columns:
-            cells.append(values["avg"].get(name) or "-")
-            if samples > 1:
-                cells.append((values.get("pass128", {}).get(name) if samples == 128 else None) or "-")
-        lines.append(_row(cells))
-    notes = ["[low, high]: 95% interval over problems (Wilson at the effective sample size)."]
-    if paper:
-        contests = ", ".join(CONTESTS)
-        notes.append(
-            f"paper: arXiv 2601.12730, {paper}, as its authors print it; Avg@32 on {contests}, Pass@1 elsewhere, "
-            "and Pass@128 where k is 128."
-        )
-    return "\n".join([*lines, "", *notes])
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(e: Estimate) -> str:
-    return f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
-
 
 # --- the command -----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import make_tiny_model
 from tools import evaluate
-from tools.evaluate import Estimate, Sample, estimate, pass_at_k
+from tools.sample_file import Sample, SampleFile
+from tools.scores import Estimate, Result, estimate, pass_at_k, table
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -223,7 +224,7 @@ def test_a_broken_line_is_named(call, tmp_path, capsys, line, message):
 def test_one_writer_at_a_time(call, tmp_path, capsys):
     assert call(oracle=Oracle()) == 0
     settings = json.loads(samples_file(tmp_path).read_text().splitlines()[0])["evaluation"]
-    other = evaluate.SampleFile(samples_file(tmp_path), settings)
+    other = SampleFile(samples_file(tmp_path), settings)
     assert call(oracle=Oracle()) == 2
     other.close()
     assert call(oracle=Oracle()) == 0
@@ -247,8 +248,8 @@ def test_two_models_beside_the_paper(model, data, tmp_path, capsys):
 
 
 def test_paper_pass_at_128():
-    row = evaluate.Result("hmmt25", 30, 128, *[Estimate(0.5, 0.4, 0.6)], {128: Estimate(0.7, 0.6, 0.8)}, 0, 0, 9, 0)
-    assert "| paper: Qwen3-4B +DCPO | 28.8 | 73.3 |" in evaluate.table({"m": [row]}, paper="Qwen3-4B")
+    row = Result("hmmt25", 30, 128, *[Estimate(0.5, 0.4, 0.6)], {128: Estimate(0.7, 0.6, 0.8)}, 0, 0, 9, 0)
+    assert "| paper: Qwen3-4B +DCPO | 28.8 | 73.3 |" in table({"m": [row]}, paper="Qwen3-4B")
 
 
 def test_presets():
