@@ -39,10 +39,13 @@ class FolderSource(WeightSource):
 
 @contextlib.contextmanager
 def cluster(gpus: int = 1) -> Iterator[None]:
-    """A local Ray cluster with `gpus` logical GPUs, in a folder of its own."""
+    """A local Ray cluster with `gpus` logical GPUs and no C++ compiler, in a folder of its own."""
     folder = tempfile.mkdtemp(prefix="ray_", dir="/tmp")  # Ray's socket names must be short
     os.environ.setdefault("RAY_worker_niceness", "0")  # else other work on the machine starves the engine
-    ray.init(num_cpus=gpus + 2, num_gpus=gpus, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    # what torch compiled for another process on this machine is not found either
+    no_compiler = {"env_vars": {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}}
+    sizes = {"num_cpus": gpus + 2, "num_gpus": gpus}
+    ray.init(**sizes, include_dashboard=False, _temp_dir=folder, log_to_driver=False, runtime_env=no_compiler)
     try:
         yield
     finally:
