@@ -45,8 +45,8 @@ WORKER_EXTENSION = "dcpo_openrlhf.weight_sync.worker.WorkerExtension"
 # Prompts shorter than a block are never shared; vLLM's default of 128 on CPU switches prefix caching off for them.
 CPU_BLOCK_SIZE = 32
 CPU_BATCHED_TOKENS = 4096
-# Engines that share cores with training must sleep, not spin, while they wait. They run eagerly but for the rank of each
-# sampled token, which nothing here reads: compiling that takes a C++ compiler and Python's headers, which a host may lack.
+# Engines that share cores with training must sleep, not spin, while they wait. They run eagerly: what vLLM compiles
+# even then, the rank of a sampled token, nothing here reads, and a host may lack the C++ compiler for it.
 CPU_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TORCH_COMPILE_DISABLE": "1"}
 # As OpenRLHF: the share of a device that lets engine and trainer actors sit on one.
 COLOCATED_SHARE = 0.2

@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,9 +32,14 @@ ROOT = Path(__file__).parent.parent
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 SHARED = "/mnt"
 """Where every host sees the shared folder."""
-# The host's own name, /etc/hosts, shared storage, /tmp and /dev/shm; then the command.
+# A silent host is lost after half a minute instead of one: five checks in a row fail.
+QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "2000", "RAY_health_check_timeout_ms": "4000"}
+# Killed with this process, be it by SIGKILL: nothing stays behind.
+WITH_US = ["setpriv", "--pdeathsig", "KILL"]
+# The host's own name, network devices in /sys, /etc/hosts, shared storage, /tmp and /dev/shm; then the command.
 HOST_SETUP = """set -e
 hostname "$1"
+mount -t sysfs sysfs /sys
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/shared" /mnt
 mount -t tmpfs -o size=1g tmpfs /dev/shm
@@ -43,19 +49,31 @@ exec "$@"
 """
 
 
+# What the hosts are made of, tried in namespaces that end with it.
+PROBE = """ip link add probe type bridge && ip link add one type veth peer name other && hostname probe &&
+mount -t tmpfs tmpfs /mnt && mount -t sysfs sysfs /sys"""
+
+
 def why_not() -> str | None:
     """What this machine lacks for namespaces; None where the test can run."""
-    missing = [name for name in ("ip", "unshare", "mount", "hostname") if shutil.which(name) is None]
+    missing = [name for name in ("ip", "setpriv", "unshare", "nsenter", "hostname") if shutil.which(name) is None]
     if missing:
-        return f"needs {', '.join(missing)}"
+        return f"needs {', '.join(missing)} (Debian: iproute2, util-linux, hostname)"
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
-    name = f"dcpo-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if made.returncode != 0:
-        return f"ip netns add: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "delete", name], check=True)
-    return None
+    command = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "sh", "-c", PROBE]
+    made = subprocess.run(command, capture_output=True, text=True)
+    return None if made.returncode == 0 else f"no network namespaces here: {made.stderr.strip()}"
+
+
+def inhabitants(namespaces: set[str]) -> list[int]:
+    """Processes of this machine that live in one of these network namespaces."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/ns/net"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if os.readlink(entry) in namespaces:
+                found.append(int(entry.parts[2]))
+    return found
 
 
 @dataclass
@@ -63,9 +81,9 @@ class Network:
     """Hosts on one switch that leads nowhere else. Host N has the address 10.231.77.N."""
 
     folder: Path
-    prefix: str = field(default_factory=lambda: f"dcpo{os.getpid()}")
     token: str = field(default_factory=lambda: secrets.token_hex(32))
-    namespaces: list[str] = field(default_factory=list)
+    holders: dict[str, subprocess.Popen] = field(default_factory=dict)
+    """For each network namespace the process that sleeps in it, so that it exists without a name or a mount."""
     running: dict[str, subprocess.Popen] = field(default_factory=dict)
     names: tuple[str, ...] = ("head", "second", "third", "spare", "client")
 
@@ -82,7 +100,7 @@ class Network:
         for number, name in enumerate(self.names):
             (self.folder / f"tmp-{name}").mkdir()
             self._namespace(name)
-            peer = ["peer", "name", f"port{number}", "netns", f"{self.prefix}-switch"]
+            peer = ["peer", "name", f"port{number}", "netns", str(self.holders["switch"].pid)]
             self._ip(name, "link", "add", "eth0", "type", "veth", *peer)
             self._ip("switch", "link", "set", f"port{number}", "master", "bridge", "up")
             self._ip(name, "address", "add", f"{self.address(name)}/24", "dev", "eth0")
@@ -92,19 +110,23 @@ class Network:
             self._ip(name, "route", "add", "default", "dev", "eth0")
 
     def _namespace(self, name: str) -> None:
-        full = f"{self.prefix}-{name}"
-        subprocess.run(["ip", "netns", "add", full], check=True)
-        self.namespaces.append(full)
+        command = [*WITH_US, "unshare", "--net", "sh", "-c", "echo made; exec sleep infinity"]
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.holders[name] = holder
+        assert holder.stdout is not None and holder.stdout.readline() == "made\n"
+
+    def _enter(self, name: str) -> list[str]:
+        return [*WITH_US, "nsenter", f"--net=/proc/{self.holders[name].pid}/ns/net"]
 
     def _ip(self, name: str, *arguments: str) -> None:
-        subprocess.run(["ip", "-n", f"{self.prefix}-{name}", *arguments], check=True)
+        subprocess.run([*self._enter(name), "ip", *arguments], check=True)
 
     def start(self, name: str, *command: str, log: Path, token: bool = True) -> subprocess.Popen:
         """`command` on that host; killing the process returned ends everything that it started there."""
-        enter = ["ip", "netns", "exec", f"{self.prefix}-{name}", "unshare", "--mount", "--uts", "--ipc", "--pid"]
+        enter = [*self._enter(name), "unshare", "--mount", "--uts", "--ipc", "--pid"]
         enter += ["--fork", "--kill-child", "--mount-proc", "bash", "-c", HOST_SETUP, "bash", name, str(self.folder)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-        environment |= CLUSTER_ENV | {"RAY_AUTH_MODE": "token", "RAY_health_check_period_ms": "2000"}
+        environment |= CLUSTER_ENV | {"RAY_AUTH_MODE": "token"} | QUICK_TO_NOTICE
         if token:
             environment["RAY_AUTH_TOKEN"] = self.token
         with log.open("a") as output:
@@ -149,10 +171,20 @@ class Network:
         process.wait()
 
     def remove(self) -> None:
+        """End every process of every host, then the hosts; AssertionError where one is left after a minute."""
+        spaces = {os.readlink(f"/proc/{holder.pid}/ns/net") for holder in self.holders.values()}
         for name in list(self.running):
             self._kill(name)
-        for name in self.namespaces:
-            subprocess.run(["ip", "netns", "delete", name])
+        for holder in self.holders.values():
+            holder.kill()
+            holder.communicate()
+        ends = time.monotonic() + 60
+        while left := inhabitants(spaces):
+            assert time.monotonic() < ends, f"processes {left} of the hosts do not end"
+            for number in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            time.sleep(0.2)
 
     def job(self, *arguments: str) -> list[str]:
         return [*RAY, "job", *arguments, "--address", f"http://{self.address('head')}:8265"]
