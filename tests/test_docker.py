@@ -1,6 +1,6 @@
 """Images, compose, Slurm and KubeRay files: linted, checked against schemas, and their options against Ray and recipes.
 
-No container engine, Slurm or Kubernetes is asked: images are not built here.
+No container engine, Slurm or Kubernetes is asked; tests/test_image.py builds the CPU image.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -24,6 +25,7 @@ from dcpo_openrlhf.config import load_recipe
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
 BIN = Path(sys.executable).parent
+KUBERNETES = "1.33"
 
 
 def lint(*command: str | Path) -> None:
@@ -57,12 +59,17 @@ def test_dockerfiles(name: str) -> None:
     bases = [arguments.get(base.strip("${}"), base) for base in re.findall(r"^FROM (\S+)", text, flags=re.M)]
     assert all(re.search(r":\d+\.\d+\.\d+", base) for base in bases), "every base is pinned to a release"
     assert bases[-1].startswith(f"python:{sys.version_info.major}.{sys.version_info.minor}.")
-    assert re.search(r"^USER \d+:\d+$", text, flags=re.M) and "HEALTHCHECK" in text
+    assert re.findall(r"^USER (\S+)$", text, flags=re.M)[-1] == "1000:1000" and "HEALTHCHECK" in text
+    lock = f"requirements-{name.partition('.')[2]}.lock"
+    assert len(re.findall(rf"-r docker/{lock}$", text, flags=re.M)) == 1 and locked("torch", lock)
     for copied in re.findall(r"^COPY --chown=\S+ (docker/\S+)", text, flags=re.M):
         assert (ROOT / copied).is_file()
 
 
-def test_gpu_image_compiles_with_the_locks_cuda() -> None:
+def test_gpu_image_compiles_the_locks_transformer_engine_with_the_locks_cuda() -> None:
+    assert locked("transformer-engine", "requirements-gpu.lock") == locked(
+        "transformer-engine-torch", "requirements-gpu.lock"
+    )
     (cuda,) = re.findall(r"nvidia/cuda:(\d+)\.", (DOCKER / "Dockerfile.gpu").read_text())
     assert locked("nvidia-cuda-runtime", "requirements-gpu.lock").startswith(f"{cuda}.")
 
@@ -83,13 +90,14 @@ def test_compose_services_share_token_and_storage() -> None:
     for name, service in services.items():
         assert unknown_ray_options(service["command"]) == set(), name
         assert ("--head" in service["command"]) == name.startswith("head")
+        assert service["ulimits"]["nofile"] == 65536
         assert service["environment"]["RAY_AUTH_MODE"] == "token" and service["secrets"] == list(compose["secrets"])
         assert [volume.rpartition(":")[2] for volume in service["volumes"]] == ["/models", "/runs"]
         assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
 
 
 def test_kuberay_job() -> None:
-    """Its fields were compared with the CRD of KubeRay 1.6.2 when it was written; here: what it says fits together."""
+    """Its own fields were compared with the CRD of KubeRay 1.6.2 when it was written; its pods follow Kubernetes'."""
     job = yaml.safe_load((DOCKER / "kuberay-rayjob.yaml").read_text())
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -100,6 +108,8 @@ def test_kuberay_job() -> None:
     for group in groups:
         assert {f"--{name}" for name in group["rayStartParams"]} <= ray_start_options()
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
         pod: dict[str, Any] = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
@@ -119,8 +129,8 @@ def test_kuberay_cluster_holds_the_runs_devices(tmp_path: Path) -> None:
     assert preflight.devices(recipe) == gpus
 
 
-def test_slurm_script_is_clean() -> None:
-    lint(BIN / "shellcheck", DOCKER / "slurm.sbatch")
+def test_slurm_script_and_ci_are_clean() -> None:
+    lint(BIN / "shellcheck", DOCKER / "slurm.sbatch", ROOT / ".ci" / "run")
     text = (DOCKER / "slurm.sbatch").read_text()
     starts = text.replace('("$bin/ray" start', "ray start").replace('"${start[@]}"', "ray start")
     assert unknown_ray_options(starts) == set()

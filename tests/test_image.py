@@ -127,7 +127,7 @@ def test_cpu_image_is_built_and_trains(buildah: Buildah) -> None:
     runs.mkdir()
     os.chown(runs, 1000, 1000)
     buildah("from", "--name", "app", "--ulimit", "nofile=8192:8192", IMAGE)
-    assert buildah.inside("sh", "-c", "command -v c++ g++ cc clang || echo none").split() == ["none"]
+    assert buildah.inside("bash", "-c", "command -v c++ g++ cc clang || echo none").split() == ["none"]
     lock = (ROOT / "docker" / "requirements-cpu.lock").read_text()
     installed = buildah.inside("uv", "pip", "freeze", "--exclude-editable").split()
     installed = [package for package in installed if not package.startswith("pip==")]  # venv's own

@@ -242,6 +242,7 @@ def opened(page: Path, action: str = "") -> str:
     copy.write_text(text.replace("</body>", f"<script>{action}</script></body>"))
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--window-size=1300,1000"]
+    command += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
     command += [f"--user-data-dir={page.parent / 'profile'}", copy.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
