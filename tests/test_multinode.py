@@ -153,7 +153,7 @@ class Network:
     def start_ray(self, name: str) -> None:
         """A Ray node with one logical device; the head is the node named so."""
         command = [*RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={self.address(name)}"]
-        command += ["--num-cpus=2", "--num-gpus=1", "--object-store-memory=100000000"]
+        command += ["--num-cpus=1", "--num-gpus=1", "--object-store-memory=100000000"]
         if name == "head":
             command += ["--head", "--port=6379", "--dashboard-host=0.0.0.0", "--dashboard-port=8265"]
         else:
@@ -299,6 +299,7 @@ def test_hosts_train_together_and_a_lost_one_is_replaced(network: Network) -> No
         actors = network.nodes_of_actors()
         wait_until(lambda: len(metrics(shared)) >= 2, 300, first, first_log)
         network.lose("third")
+        network.start_ray("spare")  # up by the time that the loss is noticed
         assert first.wait(300) != 0, first_log.read_text()[-5000:]
     finally:
         first.kill()
@@ -306,7 +307,6 @@ def test_hosts_train_together_and_a_lost_one_is_replaced(network: Network) -> No
     assert len(ranks) == 2 and len(engine) == 1 and len({*ranks, *engine}) == 3, actors
 
     done = int(max((shared / "run" / "checkpoints").glob("step_*")).name.removeprefix("step_"))
-    network.start_ray("spare")
     network.wait_for_devices(3)
     status, output = network.run("client", *submit, *train, f"train.steps={done + 1}", seconds=900)
     assert status == 0, output[-5000:]
