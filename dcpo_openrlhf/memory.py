@@ -15,6 +15,9 @@ RESERVE = {"cuda": 2 * GIB, "cpu": 0}
 """Assumed for what no tensor of ours holds: CUDA context, nccl's buffers, the allocator's gaps [bytes]."""
 STATS_BUFFERS = {"cuda": 2 * 2**26 * 4, "cpu": 2 * 2**18 * 4}
 """Two fp32 blocks of megatron/token_stats.py [bytes]; on cpu for each thread, of which one is counted."""
+SHORT_ATTENTION = 512
+"""On cpu, segments up to this length [tokens] are attended to by plain multiplies, which keep the softmax's weights:
+torch's fused kernel is slower there, 3.5 x in bf16 at 50 tokens (megatron/layers.py)."""
 BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4}
 
 
@@ -164,7 +167,7 @@ def activation_bytes(s: Sizes, recipe: Recipe, stage: int) -> float:
     whole_layer = layer_activation_bytes(s, recipe)
     if train.recompute == "full":  # each layer's input; one layer at a time is made again, and its gradients
         return in_flight * layers * BYTES[recipe.model.dtype] * s.hidden / sequence + 2 * whole_layer
-    return in_flight * layers * whole_layer  # selective recomputes the attention's core, which keeps no scores here
+    return in_flight * layers * whole_layer  # selective makes the attention's core again
 
 
 def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
@@ -180,6 +183,9 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     attention += (s.query + s.key) * norm * s.qk_norm + 4 * e * s.head_dim  # rotary: cos and sin for q and k
     # gate and up, and their product; where SwiGLU is not fused (cpu) silu(gate) and a copy of up too
     columns = (5 if recipe.run.device == "cpu" else 3) * e * s.ffn
+    short = recipe.run.device == "cpu" and recipe.rollout.context <= SHORT_ATTENTION
+    if short and recipe.train.recompute != "selective":  # softmax's weights in fp32, and as the values' type
+        attention += s.query // s.head_dim * recipe.rollout.context * (4 if e == 4 else 4 + e)
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
     if s.experts:
         # tokens sent to experts and back, over as many ranks as send here: balanced routing is assumed

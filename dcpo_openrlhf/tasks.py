@@ -194,7 +194,9 @@ def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: 
 
     Raises TaskError that names the first prompt for which it does not, its length, the limit and how many offend.
     """
-    lengths = [len(ids) for ids in tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]]
+    # verbose: else the tokenizer warns of a long prompt in its own words, before the error that says what to do
+    encoded = tokenizer([p.text for p in prompts], add_special_tokens=False, verbose=False)["input_ids"]
+    lengths = [len(ids) for ids in encoded]
     limit = context - max_new_tokens
     too_long = [i for i, length in enumerate(lengths) if length > limit]
     if too_long:

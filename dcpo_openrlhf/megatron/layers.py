@@ -13,11 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dcpo_openrlhf.megatron.batch import context_share
+from dcpo_openrlhf.memory import SHORT_ATTENTION
 
 PADDING_BOUND = 1.5
 """Segments are attended to as one padded batch while its scores are at most this many times those needed."""
-SHORT = 512
-"""Up to this length [tokens] torch's fused CPU kernel is slower than matrix multiplies: 3.5 x in bf16 at 50 tokens."""
 
 
 class PackedAttention(torch.nn.Module):
@@ -106,7 +105,7 @@ class PackedAttention(torch.nn.Module):
 
     def _attend(self, *qkv: Float[Tensor, "rows time heads dim"]) -> Float[Tensor, "rows time heads dim"]:
         q, k, v = qkv
-        if q.device.type == "cpu" and q.shape[1] <= SHORT:
+        if q.device.type == "cpu" and q.shape[1] <= SHORT_ATTENTION:
             return _short_attention(q, k, v, self.softmax_scale or q.shape[-1] ** -0.5)
         q, k, v = (t.transpose(1, 2) for t in qkv)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
