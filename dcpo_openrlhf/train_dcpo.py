@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
+            if not lacking:
+                _prompts(recipe, _tokenizer(recipe))  # the data's errors too, where data and model are here
             print(resolved_yaml(recipe) + preflight.plan(recipe, lacking))
             return 0
         for hint in preflight.hints(recipe):

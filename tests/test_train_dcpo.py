@@ -130,6 +130,7 @@ def test_malformed_jsonl_names_file_and_line(line: object, said: str, main: Main
 def test_prompt_longer_than_its_room(main: Main, tmp_path: Path) -> None:
     long = PROBLEM | {"id": "long", "problem": "one plus " * 40}
     err = error_of(main("task.kind=jsonl", jsonl(tmp_path, PROBLEM, long)), tmp_path)
+    assert err == error_of(main("--dry-run", "task.kind=jsonl", jsonl(tmp_path, PROBLEM, long)), tmp_path)
     assert "prompt 'long' has" in err and "above the limit of 100 = context 108 - max_new_tokens 8" in err
     heldout = jsonl(tmp_path, long).replace("task.train", "task.heldout")
     (tmp_path / "short.jsonl").write_text(json.dumps(PROBLEM))
