@@ -99,8 +99,10 @@ MAX_SAMPLE_STEPS = 100
 MAX_RESPONSE_CHARS = 6000
 
 
-def panel(title: str, metric: str, unit: str = "", *, reference: str = "", sparse: bool = False) -> dict[str, Any]:
-    return {"title": title, "metric": metric, "unit": unit, "reference": reference, "sparse": sparse}
+def panel(
+    title: str, metric: str, unit: str = "", *, reference: str = "", sparse: bool = False, log: bool = False
+) -> dict[str, Any]:
+    return {"title": title, "metric": metric, "unit": unit, "reference": reference, "sparse": sparse, "log": log}
 
 
 PANELS = [
@@ -112,7 +114,7 @@ PANELS = [
     panel("Weight of the regulariser, alpha", "dcpo/alpha"),
     panel("Temperature of the target policy", "dcpo/temperature"),
     panel("Target ratio rho, mean", "dcpo/target_ratio_mean"),
-    panel("Target ratio rho, largest", "dcpo/target_ratio_max"),
+    panel("Target ratio rho, largest", "dcpo/target_ratio_max", log=True),
     panel("Mismatch of trainer and engine, mean |p - p'|", "mismatch/prob_diff_mean"),
     panel("Mismatch of trainer and engine, KL", "mismatch/kl", "nats/token"),
     panel("Gradient norm", "policy/grad_norm"),

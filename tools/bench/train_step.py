@@ -4,11 +4,12 @@
 - transformers: its model, micro-batches of --rows-per-batch rows padded to the longest, as its users run it; AdamW
 
 Either side lives in a process of its own, so that its peak memory is its own; they take turns, so that a busy machine
-hits both alike. peak: the fastest square matrix multiply. attainable: the model's own matrix multiplies, one by one.
+hits both alike. peak: the fastest matrix multiply that was tried. attainable: the model's own multiplies, one by one.
 Targets: 1.3 x transformers in a training step; 0.6 of what is attainable.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,71 +149,77 @@ class Side:
         self.process.wait()
 
 
-def multiplies(hf: Any, tokens: int, actions: int) -> list[tuple[int, int, int, int]]:
-    """(how often, rows, inner, columns) of a forward's matrix multiplies; only actions reach the output layer."""
+class Multiply(NamedTuple):
+    """[rows, inner] @ [inner, columns]"""
+
+    rows: int
+    inner: int
+    columns: int
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.rows * self.inner * self.columns
+
+    def gradients(self) -> "list[Multiply]":
+        """Those of its backward pass: of the left side, of the right side."""
+        return [Multiply(self.rows, self.columns, self.inner), Multiply(self.inner, self.rows, self.columns)]
+
+
+def multiplies(hf: Any, tokens: int, actions: int, *, training: bool) -> list[Multiply]:
+    """A model's matrix multiplies in one forward pass, and backward where training; only actions reach its output."""
     head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     queries = hf.num_attention_heads * head
-    layers = hf.num_hidden_layers
-    return [
-        (layers, tokens, hf.hidden_size, queries + 2 * hf.num_key_value_heads * head),
-        (layers, tokens, queries, hf.hidden_size),
-        (layers, tokens, hf.hidden_size, 2 * hf.intermediate_size),
-        (layers, tokens, hf.intermediate_size, hf.hidden_size),
-        (1, actions, hf.hidden_size, hf.vocab_size),
+    layer = [
+        Multiply(tokens, hf.hidden_size, queries + 2 * hf.num_key_value_heads * head),
+        Multiply(tokens, queries, hf.hidden_size),
+        Multiply(tokens, hf.hidden_size, 2 * hf.intermediate_size),
+        Multiply(tokens, hf.intermediate_size, hf.hidden_size),
     ]
+    forward = layer * hf.num_hidden_layers + [Multiply(actions, hf.hidden_size, hf.vocab_size)]
+    return forward + [gradient for m in forward for gradient in m.gradients()] if training else forward
 
 
-def rate(rows: int, inner: int, columns: int, repeats: int) -> float:
-    """Median FLOP/s of [rows, inner] @ [inner, columns] in bf16."""
-    a, b = torch.randn(rows, inner).to(DTYPE), torch.randn(inner, columns).to(DTYPE)
+def rate(multiply: Multiply, repeats: int) -> float:
+    """Median FLOP/s in bf16."""
+    a, b = (torch.randn(shape).to(DTYPE) for shape in (multiply[:2], multiply[1:]))
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         torch.mm(a, b)
         times.append(time.perf_counter() - begin)
-    return 2 * rows * inner * columns / median(times[1:])
+    return multiply.flop / median(times[1:])
 
 
-def attainable(shapes: list[tuple[int, int, int, int]], *, training: bool, repeats: int) -> tuple[float, float]:
-    """(FLOP, seconds) of the multiplies alone; training adds those of both gradients."""
-    flop = seconds = 0.0
-    for count, rows, inner, columns in shapes:
-        passes = [(rows, inner, columns)]
-        if training:
-            passes += [(rows, columns, inner), (inner, rows, columns)]
-        for shape in passes:
-            work = 2.0 * shape[0] * shape[1] * shape[2] * count
-            flop += work
-            seconds += work / rate(*shape, repeats)
-    return flop, seconds
-
-
-def report(options: argparse.Namespace, sides: dict[str, Side]) -> None:
+def report(options: argparse.Namespace) -> None:
     hf = AutoConfig.from_pretrained(options.model)
     rows = ragged_rows(options, hf.vocab_size)
     tokens, actions = int(rows.attention_mask.sum()), int(rows.action_mask.sum())
     batches = -(-tokens // options.tokens)
-    shapes = multiplies(hf, tokens // batches, actions // batches)
-    peak = max(rate(n, n, n, options.repeats) for n in (1024, 2048))
+    work = {s: multiplies(hf, tokens // batches, actions // batches, training=s == STAGES[0]) for s in STAGES}
+    tried = {m for parts in work.values() for m in parts} | {Multiply(n, n, n) for n in (1024, 2048, 4096)}
+    rates = {m: rate(m, options.repeats) for m in sorted(tried)}  # before the sides start: the machine is free
+    peak = max(rates.values())
     print(f"{options.model.name}: {len(rows)} rows, {tokens} tokens of which {actions} are actions, ", end="")
     print(f"{torch.get_num_threads()} threads, peak {peak / 1e9:.0f} GFLOP/s (bf16)")
     titles = ["stage", "side", "seconds", "tokens/s", "x transformers", "of the peak", "of what is attainable", "GiB"]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-    for stage in STAGES:
-        measured = {name: [] for name in sides}
-        for turn in range(options.repeats + 1):
-            for name, side in sides.items():
-                answer = side.measure(stage)
-                if turn:
-                    measured[name].append(answer)
-        flop, alone = attainable(shapes, training=stage == STAGES[0], repeats=options.repeats)
-        flop, alone = flop * batches, alone * batches
-        seconds = {name: median(a["seconds"] for a in answers) for name, answers in measured.items()}
-        for name, answers in measured.items():
-            s = seconds[name]
-            cells = [stage, name, f"{s:.2f}", f"{tokens / s:.0f}", f"{seconds['transformers'] / s:.2f}"]
-            cells += [f"{flop / s / peak:.2f}", f"{alone / s:.2f}", f"{max(a['gib'] for a in answers):.2f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+    with contextlib.ExitStack() as stack:
+        sides = {name: stack.enter_context(contextlib.closing(Side(name))) for name in SIDES}
+        for stage in STAGES:
+            measured = {name: [] for name in sides}
+            for turn in range(options.repeats + 1):
+                for name, side in sides.items():
+                    answer = side.measure(stage)
+                    if turn:
+                        measured[name].append(answer)
+            flop = batches * sum(m.flop for m in work[stage])
+            alone = batches * sum(m.flop / rates[m] for m in work[stage])
+            seconds = {name: median(a["seconds"] for a in answers) for name, answers in measured.items()}
+            for name, answers in measured.items():
+                s = seconds[name]
+                cells = [stage, name, f"{s:.2f}", f"{tokens / s:.0f}", f"{seconds['transformers'] / s:.2f}"]
+                cells += [f"{flop / s / peak:.2f}", f"{alone / s:.2f}", f"{max(a['gib'] for a in answers):.2f}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
     print(f"targets: {TARGET_RATIO} x transformers in a training step, {TARGET_SHARE} of what is attainable")
 
 
@@ -230,12 +237,7 @@ def main() -> None:
     if options.side:
         serve(options)
         return
-    sides = {name: Side(name) for name in SIDES}
-    try:
-        report(options, sides)
-    finally:
-        for side in sides.values():
-            side.close()
+    report(options)
 
 
 if __name__ == "__main__":
