@@ -1,7 +1,7 @@
-"""The policy as Ray actors: OpenRLHF's BaseModelActor around megatron/, and the group that deals rows to data ranks."""
+"""The policy as Ray actors: OpenRLHF's BaseModelActor around megatron/ or zero/; the group deals rows to data ranks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,17 @@ if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
     from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
     from dcpo_openrlhf.megatron.memory import Offload
+    from dcpo_openrlhf.megatron.step import PolicyStep
+    from dcpo_openrlhf.zero.checkpoint import ZeroCheckpoint
+    from dcpo_openrlhf.zero.memory import ZeroOffload
+    from dcpo_openrlhf.zero.step import ZeroStep
 
 
-class MegatronActorBase(BaseModelActor):
-    """One rank of the policy. Each method is one call into megatron/; `MegatronActor` is the Ray class of it."""
+class PolicyActor(BaseModelActor):
+    """One rank of the policy. Each method is one call into the trainer's folder, which a subclass names."""
+
+    step: Any
+    """PolicyStep or ZeroStep."""
 
     def init_model_from_pretrained(
         self, strategy: RecipeStrategy, pretrain: str, max_steps: int, vllm_engines: Sequence[Any]
@@ -35,47 +42,38 @@ class MegatronActorBase(BaseModelActor):
         self.strategy = strategy
         self.strategy.rank = self._rank
         if recipe.run.device == "cpu":
-            from dcpo_openrlhf import cpu
-
-            cpu.install()
             # Ray sets OMP_NUM_THREADS to the actor's CPU share; ranks share the machine's cores
             torch.set_num_threads(max((os.cpu_count() or 1) // recipe.parallel.devices_per_node, 1))
         torch.manual_seed(recipe.run.seed)
-        from dcpo_openrlhf.megatron.mesh import init_mesh
-        from dcpo_openrlhf.megatron.model import build_policy
-        from dcpo_openrlhf.megatron.step import PolicyStep
-
-        self.mesh = init_mesh(
-            recipe.parallel,
-            device=recipe.run.device,
-            rank=self._rank,
-            world_size=self._world_size,
-            seed=recipe.run.seed,
-        )
-        self.policy = build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=self.mesh)
-        self.step = PolicyStep(
-            self.policy,
-            optimizer=recipe.optimizer,
-            loss=recipe.loss,
-            micro_batch_size=recipe.train.micro_batch_size,
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            total_updates=max_steps,
-        )
+        self.step = self._build(recipe, max_steps)
+        self.mesh = self.step.mesh
         self._updates: list[Rows] = []
         self.weight_sync: Any = None
         if vllm_engines:  # a replay has none
             self._connect(recipe, vllm_engines)
         return self.mesh.data_rank
 
+    def _build(self, recipe: Recipe, updates: int) -> Any:
+        """The step of this rank, for that many updates."""
+        raise NotImplementedError
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Hugging Face names and shapes, without communication, in the order of `_tensors`."""
+        raise NotImplementedError
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full Hugging Face tensors, one at a time; a collective of all ranks."""
+        raise NotImplementedError
+
     def _connect(self, recipe: Recipe, engines: Sequence[Any]) -> None:
         from dcpo_openrlhf import weight_sync
-        from dcpo_openrlhf.weight_sync.source import MegatronWeightSource
+        from dcpo_openrlhf.weight_sync.source import LiveWeights
 
         self.weight_sync = weight_sync.connect(
             transport=recipe.transport,
             rank=self._rank,
             engines=engines,
-            source=MegatronWeightSource(self.policy),
+            source=LiveWeights(dtype=self.step.policy.dtype, shapes=self._shapes, tensors=self._tensors),
             deadline_s=recipe.weight_sync.deadline,
             engine_world_size=recipe.rollout.tensor_parallel,
             verify=recipe.weight_sync.verify,
@@ -115,16 +113,11 @@ class MegatronActorBase(BaseModelActor):
 
     def scale_weights(self, factor: float) -> None:
         """Multiply every weight, so that a check sees new ones arrive; the policy is not to be trained afterwards."""
-        with torch.no_grad():
-            for chunk in self.policy.chunks:
-                for weight in chunk.parameters():
-                    weight.mul_(factor)
+        raise NotImplementedError
 
     @cached_property
-    def checkpoint(self) -> "PolicyCheckpoint":
-        from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
-
-        return PolicyCheckpoint(self.step)
+    def checkpoint(self) -> "PolicyCheckpoint | ZeroCheckpoint":
+        raise NotImplementedError
 
     def save_checkpoint(self, folder: str) -> None:
         """Copy this rank's state; a thread writes it to the folder."""
@@ -144,9 +137,8 @@ class MegatronActorBase(BaseModelActor):
     def save_model(self, output: str) -> str:
         """Write the policy as a Hugging Face folder (rank 0 writes, the others help to gather)."""
         from dcpo_openrlhf.megatron.export import write_hf_folder
-        from dcpo_openrlhf.megatron.model import hf_tensors
 
-        tensors = hf_tensors(self.policy)
+        tensors = self._tensors()
         if self._rank == 0:
             write_hf_folder(tensors, source=self.strategy.recipe.model.path, output=Path(output))
         else:
@@ -155,10 +147,8 @@ class MegatronActorBase(BaseModelActor):
         return output
 
     @cached_property
-    def _offload(self) -> "Offload":
-        from dcpo_openrlhf.megatron.memory import Offload
-
-        return Offload(self.step)
+    def _offload(self) -> "Offload | ZeroOffload":
+        raise NotImplementedError
 
     def offload(self) -> None:
         """Move weights and optimizer to host memory: colocated engines generate now."""
@@ -187,10 +177,118 @@ class MegatronActorBase(BaseModelActor):
             cpu.return_freed_memory()
 
 
+class MegatronActorBase(PolicyActor):
+    """A rank of megatron-core's mesh; `MegatronActor` is the Ray class of it."""
+
+    step: "PolicyStep"
+
+    def _build(self, recipe: Recipe, updates: int) -> "PolicyStep":
+        if recipe.run.device == "cpu":
+            from dcpo_openrlhf import cpu
+
+            cpu.install()
+        from dcpo_openrlhf.megatron.mesh import init_mesh
+        from dcpo_openrlhf.megatron.model import build_policy
+        from dcpo_openrlhf.megatron.step import PolicyStep
+
+        mesh = init_mesh(
+            recipe.parallel,
+            device=recipe.run.device,
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=recipe.run.seed,
+        )
+        return PolicyStep(
+            build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=mesh),
+            optimizer=recipe.optimizer,
+            loss=recipe.loss,
+            micro_batch_size=recipe.train.micro_batch_size,
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
+            total_updates=updates,
+        )
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        from dcpo_openrlhf.megatron.model import hf_shapes
+
+        return hf_shapes(self.step.policy)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from dcpo_openrlhf.megatron.model import hf_tensors
+
+        return hf_tensors(self.step.policy)
+
+    def scale_weights(self, factor: float) -> None:
+        with torch.no_grad():
+            for chunk in self.step.policy.chunks:
+                for weight in chunk.parameters():
+                    weight.mul_(factor)
+
+    @cached_property
+    def checkpoint(self) -> "PolicyCheckpoint":
+        from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+
+        return PolicyCheckpoint(self.step)
+
+    @cached_property
+    def _offload(self) -> "Offload":
+        from dcpo_openrlhf.megatron.memory import Offload
+
+        return Offload(self.step)
+
+
+class ZeroActorBase(PolicyActor):
+    """A rank of OpenRLHF's DeepSpeed strategy; `ZeroActor` is the Ray class of it. Imports no megatron-core."""
+
+    step: "ZeroStep"
+
+    def _build(self, recipe: Recipe, updates: int) -> "ZeroStep":
+        from dcpo_openrlhf.zero.model import build_policy
+        from dcpo_openrlhf.zero.step import ZeroStep
+
+        return ZeroStep(
+            build_policy(recipe),
+            optimizer=recipe.optimizer,
+            loss=recipe.loss,
+            micro_batch_size=recipe.train.micro_batch_size,
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
+            total_updates=updates,
+        )
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        from dcpo_openrlhf.zero.model import hf_shapes
+
+        return hf_shapes(self.step.policy)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from dcpo_openrlhf.zero.model import hf_tensors
+
+        return hf_tensors(self.step.policy)
+
+    def scale_weights(self, factor: float) -> None:
+        from dcpo_openrlhf.zero.model import scale_weights
+
+        scale_weights(self.step.policy, factor)
+
+    @cached_property
+    def checkpoint(self) -> "ZeroCheckpoint":
+        from dcpo_openrlhf.zero.checkpoint import ZeroCheckpoint
+
+        return ZeroCheckpoint(self.step)
+
+    @cached_property
+    def _offload(self) -> "ZeroOffload":
+        from dcpo_openrlhf.zero.memory import ZeroOffload
+
+        return ZeroOffload(self.step)
+
+
 MegatronActor = ray.remote(num_gpus=1)(MegatronActorBase)
+ZeroActor = ray.remote(num_gpus=1)(ZeroActorBase)
+ACTORS = {"megatron": MegatronActor, "deepspeed": ZeroActor}
+"""parallel.backend -> its Ray class."""
 
 
-class MegatronActorGroup(RayActorGroup):
+class PolicyActorGroup(RayActorGroup):
     """OpenRLHF's actor group; it deals rows by data-parallel rank, of which a place in the list says nothing."""
 
     data_ranks: list[int]

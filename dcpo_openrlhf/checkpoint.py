@@ -57,6 +57,9 @@ MAY_DIFFER = (
 )
 """Keys, or sections, in which a resumed run may differ from its checkpoint's recipe."""
 
+_DEEPSPEED_FILES = ("parallel.zero_stage", "parallel.nodes", "parallel.devices_per_node")
+"""What DeepSpeed's files of a rank belong to: another stage or number of ranks cannot read them."""
+
 
 class FileSum(TypedDict):
     bytes: int
@@ -260,7 +263,8 @@ def _named(path: Path, quick: bool) -> Checkpoint:
 
 def differences(saved: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[str]]:
     """("key: saved -> now" of those that would change the run, the same of those that may differ)."""
-    old, new = _flat(saved), _flat(recipe.model_dump(mode="json"))
+    # a checkpoint from before this key is megatron-core's
+    old, new = {"parallel.backend": "megatron"} | _flat(saved), _flat(recipe.model_dump(mode="json"))
     lines: tuple[list[str], list[str]] = ([], [])
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -271,6 +275,10 @@ def differences(saved: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[
 def _may_differ(key: str, recipe: Recipe) -> bool:
     if key == "train.steps":  # the other schedules end at the last update
         return recipe.optimizer.schedule == "constant"
+    if key in _DEEPSPEED_FILES and recipe.parallel.backend == "deepspeed":
+        return False
+    if key == "parallel.backend":
+        return False
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_DIFFER)
 
 

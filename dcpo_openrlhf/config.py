@@ -50,7 +50,7 @@ class Model(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Working weights. bf16 keeps fp32 main weights in the optimizer."""
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Layer implementation; auto takes Transformer Engine on cuda where it is installed."""
+    """Layer implementation of megatron; auto takes Transformer Engine on cuda where it is installed."""
     vocab_multiple: Positive = 128
     """The vocabulary is padded to a multiple of this times the tensor parallel size; padded rows are masked."""
     trust_remote_code: bool = False
@@ -151,12 +151,16 @@ class Train(Section):
     micro_batch_tokens: Positive | None = None
     """Tokens of one forward/backward on one data-parallel rank: rows are packed up to that many, without padding."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation of megatron-core."""
+    """Activation recomputation; selective (the attention's core) is megatron-core's alone."""
     rollout_only: bool = False
     """Generate and grade the steps' responses with the model as it is; no policy is started, nothing is trained."""
 
 
 class Parallel(Section):
+    backend: Literal["megatron", "deepspeed"] = "megatron"
+    """Who trains: megatron-core, or OpenRLHF's DeepSpeed ZeRO, which shards over the data ranks alone."""
+    zero_stage: Literal[2, 3] = 2
+    """deepspeed: 2 shards optimizer state and gradients over the devices, 3 the weights too."""
     nodes: Positive = 1
     devices_per_node: Positive = 8
     """Training devices on each node (logical ones on cpu)."""
@@ -461,6 +465,46 @@ def _rules(r: Recipe) -> list[tuple[bool, str]]:
             r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
             f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; "
             "use linear or cosine, or leave it at 0",
+        ),
+        *_backend_rules(r),
+    ]
+
+
+def _backend_rules(r: Recipe) -> list[tuple[bool, str]]:
+    """The same for parallel.backend: what only one of the two trainers can do."""
+    p, megatron = r.parallel, r.parallel.backend == "megatron"
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence_parallel")
+    split = {name: getattr(p, name) for name in names if getattr(p, name) != Parallel.model_fields[name].default}
+    return [
+        (
+            not megatron or p.zero_stage == 2,
+            f"parallel.zero_stage = {p.zero_stage} needs parallel.backend = deepspeed, got megatron; "
+            "leave it at 2 or change the backend",
+        ),
+        (
+            megatron or not split,
+            "parallel.backend = deepspeed shards over the data ranks alone, got "
+            + ", ".join(f"parallel.{name} = {value}" for name, value in split.items())
+            + "; leave these at their defaults, or set backend = megatron",
+        ),
+        (
+            megatron or r.model.layers == "auto",
+            f"model.layers = {r.model.layers} is for parallel.backend = megatron: deepspeed trains transformers' own "
+            "layers; leave it at auto",
+        ),
+        (
+            megatron or r.train.recompute != "selective",
+            "train.recompute = selective is for parallel.backend = megatron; use none or full with deepspeed",
+        ),
+        (
+            megatron or r.optimizer.cpu_offload == 0,
+            f"optimizer.cpu_offload = {r.optimizer.cpu_offload} is for parallel.backend = megatron: DeepSpeed's own "
+            "needs a compiled optimizer; set 0, and zero_stage = 3 to save memory",
+        ),
+        (
+            megatron or not p.colocate or p.zero_stage == 2,
+            "parallel.colocate with parallel.zero_stage = 3: DeepSpeed moves that stage's optimizer to host memory "
+            "only where it is its compiled one; use zero_stage = 2",
         ),
     ]
 

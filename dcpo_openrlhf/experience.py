@@ -88,7 +88,7 @@ AEPO_SHARE = 4
 class DCPOExperienceMaker(RemoteExperienceMaker):
     """OpenRLHF's experience maker, with token statistics for its forward passes and DCPO's advantage for its own."""
 
-    actor_model_group: Any  # a MegatronActorGroup
+    actor_model_group: Any  # a PolicyActorGroup
 
     def __init__(self, *args: Any, controller: EntropyController, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -15,6 +15,10 @@ RESERVE = {"cuda": 2 * GIB, "cpu": 0}
 """Assumed for what no tensor of ours holds: CUDA context, nccl's buffers, the allocator's gaps [bytes]."""
 STATS_BUFFERS = {"cuda": 2 * 2**26 * 4, "cpu": 2 * 2**18 * 4}
 """Two fp32 blocks of megatron/token_stats.py [bytes]; on cpu for each thread, of which one is counted."""
+ZERO_BUCKET = 5 * 10**8
+"""DeepSpeed's reduce_bucket_size: gradients that wait for their reduction [parameters]."""
+ZERO_LIVE = 10**9
+"""DeepSpeed's stage3_max_live_parameters: weights of stage 3 that a rank holds whole [parameters]."""
 SHORT_ATTENTION = 512
 """On cpu, segments up to this length [tokens] are attended to by plain multiplies, which keep the softmax's weights:
 torch's fused kernel is slower there, 3.5 x in bf16 at 50 tokens (megatron/layers.py)."""
@@ -96,9 +100,9 @@ class TrainerMemory(NamedTuple):
 
     weights: float
     gradients: float
-    """fp32, main gradients of megatron-core's DDP."""
+    """fp32, main gradients of megatron-core's DDP; ZeRO: this rank's share, and those that wait for their reduction."""
     optimizer: float
-    """fp32 main weights (bf16 models) and Adam's two moments, over the data ranks; less what is offloaded."""
+    """fp32 main weights (bf16 models, and ZeRO) and Adam's two moments, over the data ranks; less what is offloaded."""
     activations: float
     logits: float
     """Of the action positions; their gradient takes their place."""
@@ -118,6 +122,8 @@ def trainer_memory(s: Sizes, recipe: Recipe) -> TrainerMemory:
 def stage_memory(s: Sizes, recipe: Recipe, stage: int) -> TrainerMemory:
     """Bytes on each device of one pipeline stage (0 is the first)."""
     p, element = recipe.parallel, BYTES[recipe.model.dtype]
+    if p.backend == "deepspeed":
+        return _zero_memory(s, recipe)
     layers, first, last = s.layers / p.pipeline, stage == 0, stage == p.pipeline - 1
     table = _vocabulary_rows(s, recipe) // p.tensor * s.hidden
     tables = first + last if not s.tied or p.pipeline > 1 else 1
@@ -136,6 +142,27 @@ def stage_memory(s: Sizes, recipe: Recipe, stage: int) -> TrainerMemory:
         activations=tokens * activation_bytes(s, recipe, stage),
         logits=logits * element * _vocabulary_rows(s, recipe) / p.tensor,
         workspace=workspace,
+    )
+
+
+def _zero_memory(s: Sizes, recipe: Recipe) -> TrainerMemory:
+    """Bytes on each device with ZeRO: stage 2 shares out gradients and optimizer over the ranks, 3 the weights too.
+
+    Gradients that wait and activations are added up, though the former grow while the latter shrink: on the safe side.
+    """
+    p, element = recipe.parallel, BYTES[recipe.model.dtype]
+    share = s.parameters / p.world_size
+    tokens = micro_batch_tokens(recipe)
+    live = s.parameters if p.zero_stage == 2 else share + min(s.parameters, ZERO_LIVE)
+    table = s.vocab * s.hidden
+    return TrainerMemory(
+        weights=element * live,
+        # in DeepSpeed's buffer, and bf16 in fp32 too while they are reduced
+        gradients=4 * share + (element + 4 * (element == 2)) * min(s.parameters, ZERO_BUCKET),
+        optimizer=12 * share,
+        activations=tokens * activation_bytes(s, recipe, 0),
+        logits=min(tokens, action_positions(recipe)) * element * s.vocab,
+        workspace=table * element + STATS_BUFFERS[recipe.run.device] + RESERVE[recipe.run.device],
     )
 
 
@@ -176,14 +203,15 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     """
     p, e = recipe.parallel, BYTES[recipe.model.dtype]
     sequence = p.tensor if p.sequence_parallel else 1
-    local = recipe.model.layers == "local" or recipe.run.device == "cpu"
+    hf = p.backend == "deepspeed"
+    local = hf or recipe.model.layers == "local" or recipe.run.device == "cpu"
     # local: fp32 input and normalised input of torch's rms_norm; Transformer Engine: the input alone
     norm = 8 if local else e
     attention = e * (2 * s.query + 2 * s.key) + (e * s.query if local else 0)  # q, k, v and out; local gathers out anew
     attention += (s.query + s.key) * norm * s.qk_norm + 4 * e * s.head_dim  # rotary: cos and sin for q and k
     # gate and up, and their product; where SwiGLU is not fused (cpu) silu(gate) and a copy of up too
-    columns = (5 if recipe.run.device == "cpu" else 3) * e * s.ffn
-    short = recipe.run.device == "cpu" and recipe.rollout.context <= SHORT_ATTENTION
+    columns = (4 if hf else 5 if recipe.run.device == "cpu" else 3) * e * s.ffn
+    short = not hf and recipe.run.device == "cpu" and recipe.rollout.context <= SHORT_ATTENTION
     if short and recipe.train.recompute != "selective":  # softmax's weights in fp32, and as the values' type
         attention += s.query // s.head_dim * recipe.rollout.context * (4 if e == 4 else 4 + e)
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
@@ -217,8 +245,13 @@ def engine_memory(s: Sizes, recipe: Recipe) -> EngineMemory:
 
 
 def checkpoint_bytes(s: Sizes, recipe: Recipe) -> int:
-    """One checkpoint: weights, fp32 main weights and Adam's two moments of every parameter."""
-    return s.parameters * (BYTES[recipe.model.dtype] + (12 if recipe.model.dtype == "bf16" else 8))
+    """One checkpoint: weights, fp32 main weights and Adam's two moments of every parameter.
+
+    ZeRO has main weights in fp32 too; its stage 3 saves no others.
+    """
+    zero = recipe.parallel.zero_stage if recipe.parallel.backend == "deepspeed" else None
+    state = 12 if zero or recipe.model.dtype == "bf16" else 8
+    return s.parameters * (state + (BYTES[recipe.model.dtype] if zero != 3 else 0))
 
 
 def disk_bytes(s: Sizes, recipe: Recipe) -> int:
@@ -261,8 +294,7 @@ def violations(s: Sizes, recipe: Recipe) -> Iterator[str]:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in zip(need._fields, need, strict=True))
         yield (
             f"a training device needs about {need.total / GIB:.1f} GiB ({parts}), parallel.device_memory_gb = "
-            f"{limit:g}; raise parallel.tensor, pipeline or the devices, set train.recompute=full, or lower "
-            "train.micro_batch_tokens"
+            f"{limit:g}; {_more_room(recipe)}, set train.recompute=full, or lower train.micro_batch_tokens"
         )
     if recipe.generates and (engine := engine_memory(s, recipe)).kv_tokens < recipe.rollout.context:
         yield (
@@ -271,6 +303,21 @@ def violations(s: Sizes, recipe: Recipe) -> Iterator[str]:
             f"parallel.device_memory_gb = {limit:g}; a response takes up to {recipe.rollout.context}; "
             "raise rollout.tensor_parallel or gpu_memory_utilization"
         )
+
+
+def _more_room(recipe: Recipe) -> str:
+    if recipe.parallel.backend == "megatron":
+        return "raise parallel.tensor, pipeline or the devices"
+    return "raise the devices" + (", set parallel.zero_stage=3" if recipe.parallel.zero_stage == 2 else "")
+
+
+def _training_plan(s: Sizes, recipe: Recipe) -> str:
+    p = recipe.parallel
+    devices = f"training: {p.nodes} x {p.devices_per_node} devices"
+    if p.backend == "deepspeed":
+        return f"{devices}, DeepSpeed ZeRO stage {p.zero_stage} over all of them"
+    mesh = f"{devices} = tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} x data {p.data}"
+    return mesh + (f"; experts over {p.expert}" if s.experts else "")
 
 
 def report(s: Sizes, recipe: Recipe) -> str:
@@ -285,8 +332,7 @@ def report(s: Sizes, recipe: Recipe) -> str:
     ]
     if not t.rollout_only:
         lines += [
-            f"training: {p.nodes} x {p.devices_per_node} devices = tensor {p.tensor} x pipeline {p.pipeline} x context "
-            f"{p.context} x data {p.data}" + (f"; experts over {p.expert}" if s.experts else ""),
+            _training_plan(s, recipe),
             f"GiB per training device (estimate; {micro_batch_tokens(recipe)} tokens a micro-batch, recompute "
             f"{t.recompute}):",
             f"  {'stage':>6}" + "".join(f"{name:>13}" for name in (*TrainerMemory._fields, "total")),

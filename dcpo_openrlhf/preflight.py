@@ -27,13 +27,14 @@ _SIZES = (
 )
 TESTED = {
     "torch": "2.13.0",
+    "deepspeed": "0.19.6",
     "megatron-core": "0.16.1",
     "openrlhf": "0.11.2",
     "ray": "2.55.0",
     "transformers": "5.15.0",
     "vllm": "0.29.0",
 }
-"""Versions that pyproject.toml pins."""
+"""Versions that pyproject.toml pins, or OpenRLHF (deepspeed)."""
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
 _IMPLEMENTED = {
     # keys of config.json whose other values would train another model than the engine serves
@@ -247,7 +248,8 @@ def _file_system(path: Path) -> str:
 
 
 def _packages(recipe: Recipe) -> Iterator[str]:
-    missing = [name for name in TESTED if _version(name) is None]
+    needless = ("megatron-core",) if recipe.parallel.backend == "deepspeed" else ()
+    missing = [name for name in TESTED if name not in needless and _version(name) is None]
     if missing:
         yield f"not installed: {', '.join(missing)}; install a lock file of docker/"
 
@@ -301,6 +303,11 @@ def _divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
         yield (
             f"parallel.pipeline * virtual_pipeline = {p.pipeline} * {p.virtual_pipeline} must divide "
             f"num_hidden_layers = {layers}; lower one of them"
+        )
+    if experts and p.backend == "deepspeed":
+        yield (
+            f"parallel.backend = deepspeed trains dense models only, got model_type = {hf['model_type']!r}: "
+            "transformers keeps experts under other names than the engine loads; set backend = megatron"
         )
     if not experts and p.expert > 1:
         yield f"parallel.expert = {p.expert} needs a model with experts, got model_type = {hf['model_type']!r}; set 1"

@@ -205,7 +205,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     """
     import ray
 
-    from dcpo_openrlhf.actor import MegatronActor, MegatronActorGroup
+    from dcpo_openrlhf.actor import ACTORS, PolicyActorGroup
     from dcpo_openrlhf.rollout import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
 
     p, begin = recipe.parallel, time.monotonic()
@@ -215,7 +215,8 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     group = None
     if not recipe.train.rollout_only:
         share: Any = COLOCATED_SHARE if shared else 1  # annotated int by OpenRLHF, which itself passes fractions
-        group = MegatronActorGroup(p.nodes, p.devices_per_node, cast(Any, MegatronActor), cast(Any, shared), share)
+        actor: Any = ACTORS[p.backend]
+        group = PolicyActorGroup(p.nodes, p.devices_per_node, actor, cast(Any, shared), share)
         stack.callback(_kill, group)
     ranks = p.world_size if group else 0
     logger.info("starting %d rollout engines and %d policy ranks", len(engines), ranks)

@@ -29,7 +29,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(scope="module")
 def stack(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
     """(policy group, engines): the engine starts with the weights of another model."""
-    from dcpo_openrlhf.actor import MegatronActor, MegatronActorGroup
+    from dcpo_openrlhf.actor import MegatronActor, PolicyActorGroup
     from dcpo_openrlhf.rollout import create_rollout_engines, shutdown_engines, wait_until_ready
 
     other = make_tiny_model(tmp_path_factory.mktemp("engine"), tie=False, seed=2)
@@ -45,7 +45,7 @@ def stack(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
         transport=recipe.transport,
         cpu_kv_cache_gb=0.1,
     )
-    group = MegatronActorGroup(1, 2, MegatronActor)
+    group = PolicyActorGroup(1, 2, MegatronActor)
     wait_until_ready(engines, 300)
     group.init(RecipeStrategy(recipe), 1, engines, timeout=300)
     yield group, engines

@@ -219,6 +219,27 @@ def test_mesh_engines_and_length_of_a_constant_schedule_may_differ(
         resume_point(make_recipe(tmp_path, train={"steps": 200}, **cosine))
 
 
+def test_deepspeeds_files_belong_to_one_backend_stage_and_number_of_ranks(tmp_path: Path) -> None:
+    zero = {"backend": "deepspeed", "devices_per_node": 2}
+    save(make_folder(tmp_path), make_recipe(tmp_path, parallel=zero), 3)
+    for parallel, said in [
+        ({"devices_per_node": 2}, "parallel.backend: 'deepspeed' -> 'megatron'"),
+        (zero | {"zero_stage": 3}, "parallel.zero_stage: 2 -> 3"),
+        (zero | {"devices_per_node": 4}, "parallel.devices_per_node: 2 -> 4"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            resume_point(make_recipe(tmp_path, parallel=parallel, checkpoint={"resume": "auto"}))
+    same = make_recipe(tmp_path, parallel=zero, rollout={"engines": 2}, checkpoint={"resume": "auto"})
+    assert resume_point(same) is not None
+
+
+def test_a_checkpoint_from_before_the_backends_is_megatrons(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    saved = recipe.model_dump(mode="json")
+    del saved["parallel"]["backend"], saved["parallel"]["zero_stage"]
+    assert checkpoint.differences(saved, recipe)[0] == []
+
+
 def test_every_key_that_may_differ_is_a_key_of_the_recipe(tmp_path: Path) -> None:
     known = checkpoint._flat(make_recipe(tmp_path).model_dump(mode="json"))
     for name in checkpoint.MAY_DIFFER:

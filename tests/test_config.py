@@ -241,6 +241,7 @@ def test_unreadable_recipe_file_is_one_line(tmp_path: Path) -> None:
 
 
 # each breaks one rule between fields and lists what its message says: rule, values seen, remedy
+DEEPSPEED = ["parallel.backend=deepspeed"]
 RULES = [
     (["train.group_size=1"], ["train.group_size = 1 must be at least 2", "raise it"]),
     (
@@ -305,6 +306,24 @@ RULES = [
     (
         ["optimizer.min_learning_rate=1e-7"],
         ["optimizer.min_learning_rate = 1e-07 has no effect with schedule = constant", "use linear or cosine"],
+    ),
+    (["parallel.zero_stage=3"], ["zero_stage = 3 needs parallel.backend = deepspeed, got megatron", "leave it at 2"]),
+    (
+        [*DEEPSPEED, "parallel.tensor=2", "parallel.sequence_parallel=true"],
+        [
+            "shards over the data ranks alone, got parallel.tensor = 2, parallel.sequence_parallel = True",
+            "backend = meg",
+        ],
+    ),
+    (
+        [*DEEPSPEED, "model.layers=local"],
+        ["model.layers = local is for parallel.backend = megatron", "leave it at auto"],
+    ),
+    ([*DEEPSPEED, "train.recompute=selective"], ["train.recompute = selective is for", "use none or full"]),
+    ([*DEEPSPEED, "optimizer.cpu_offload=0.5"], ["optimizer.cpu_offload = 0.5 is for parallel.backend", "set 0"]),
+    (
+        [*DEEPSPEED, "parallel.zero_stage=3", "parallel.colocate=true"],
+        ["parallel.colocate with parallel.zero_stage = 3", "use zero_stage = 2"],
     ),
 ]
 

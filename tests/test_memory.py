@@ -81,6 +81,25 @@ def test_meshes_share_out_what_they_should() -> None:
     assert memory.trainer_memory(s, recipe("parallel.context=2")).activations == two.activations / 2
 
 
+def test_zero_shares_out_optimizer_and_gradients_and_in_stage_3_the_weights() -> None:
+    s = sizes("Qwen2.5-7B")
+    mesh = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.backend=deepspeed"]
+    r = [recipe(*mesh, f"parallel.zero_stage={stage}") for stage in (2, 3)]
+    two, three = (memory.trainer_memory(s, one) for one in r)
+    ranks = r[0].parallel.world_size
+    assert two.optimizer == three.optimizer == 12 * s.parameters / ranks
+    assert two.gradients == 4 * s.parameters / ranks + (2 + 4) * 5e8
+    assert two.weights == 2 * s.parameters
+    assert three.weights == 2 * (s.parameters / ranks + 1e9)
+    assert memory.checkpoint_bytes(s, r[0]) == 14 * s.parameters
+    assert memory.checkpoint_bytes(s, r[1]) == 12 * s.parameters
+    assert f"training: 1 x {ranks} devices, DeepSpeed ZeRO stage 2 over all of them" in memory.report(s, r[0])
+    (said,) = memory.violations(
+        s, recipe(*mesh, "parallel.device_memory_gb=24", "rollout.tensor_parallel=2", "rollout.engines=2")
+    )
+    assert "raise the devices, set parallel.zero_stage=3, set train.recompute=full" in said
+
+
 def test_the_first_stage_holds_most_activations_and_the_last_the_logits() -> None:
     s, r = sizes("Qwen2.5-7B"), recipe("parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence_parallel=false")
     first, last = (memory.stage_memory(s, r, stage) for stage in (0, 1))

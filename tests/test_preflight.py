@@ -291,6 +291,19 @@ def test_missing_data_files(violations: Check, tmp_path: Path) -> None:
     assert len(violations(changes | {"task.train": tmp_path / "none.jsonl"})) == 2
 
 
+def test_deepspeed_needs_no_megatron_and_trains_dense_models(
+    violations: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = preflight._version
+    monkeypatch.setattr(preflight, "_version", lambda name: None if name == "megatron-core" else version(name))
+    assert only(violations()) == "not installed: megatron-core; install a lock file of docker/"
+    assert violations({"parallel.backend": "deepspeed"}) == []
+    moe = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe")
+    line = only(violations({"parallel.backend": "deepspeed", "model.path": moe}))
+    assert line.startswith("parallel.backend = deepspeed trains dense models only, got model_type = 'qwen3_moe'")
+    assert line.endswith("set backend = megatron")
+
+
 def test_unknown_method(violations: Check) -> None:
     line = only(violations({"method.name": "dpco"}))
     assert line.startswith("method.name = 'dpco' is not a row of objectives.METHODS; did you mean 'dcpo'?")

@@ -3,11 +3,13 @@
 python -m tools.export_hf --checkpoint RUN/checkpoints/step_000100 --output DIR
 
 Weights are read from the checkpoint one Hugging Face tensor at a time, whatever mesh wrote it, and written in shards:
-memory holds one shard (--shard-gb) and, of a tensor, twice its size. Configuration, tokenizer and generation settings
+memory holds one shard (--shard-gb) and, of a tensor, twice its size. DeepSpeed's checkpoints are read whole: memory
+holds the fp32 main weights too (stage 3: as they lie in the files). Configuration, tokenizer and generation settings
 come from the folder that the run started from. To publish the result: hf upload USER/NAME DIR.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.megatron import names
 from dcpo_openrlhf.megatron.export import write_hf_folder
+from dcpo_openrlhf.zero import CHECKPOINT_FOLDER
 
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.experts."
 
@@ -58,6 +61,21 @@ class CheckpointTensors:
         items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(offsets, out.shape)])
         self._reader.read_data(LoadPlan(items), _Into(out)).wait()
         return out.view(rest)
+
+
+def deepspeed_tensors(folder: Path, hf: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of every weight in a checkpoint of parallel.backend = deepspeed.
+
+    The fp32 main weights, rounded to `dtype`: the weights that the engine had.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed speaks there, and stdout is for the result
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        tensors: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=CHECKPOINT_FOLDER, lazy_mode=True)
+    tied = bool(hf.get("tie_word_embeddings", False))
+    for name, tensor in tensors.items():
+        if not (tied and name == "lm_head.weight"):  # the embedding under another name
+            yield name, tensor.contiguous().to(dtype)
 
 
 class _Into(DefaultLoadPlanner):
@@ -126,17 +144,25 @@ def _shape(tensors: CheckpointTensors, hf: dict[str, Any]) -> names.Shape:
     return shape
 
 
+def _saved_model(folder: Path) -> dict[str, Any]:
+    """The section `model` of the recipe that the checkpoint was saved with; an imported one has none."""
+    return json.loads((folder / checkpoint.STATE).read_text())["recipe"]["model"]
+
+
 def export(folder: Path, output: Path, *, model: Path | None = None, shard_gb: float = 5.0) -> Path:
     """`output`: the Hugging Face folder of the checkpoint `folder`. Raises ExportError."""
     if wrong := checkpoint.damage(folder):
         raise ExportError(f"--checkpoint {folder} is not a whole checkpoint (step_NNNNNN): {wrong}; name another one")
-    if model is None:
-        state = json.loads((folder / checkpoint.STATE).read_text())
-        model = Path(state["recipe"]["model"]["path"])
+    model = model or Path(_saved_model(folder)["path"])
     if not (model / "config.json").is_file():
         raise ExportError(f"the model that the run started from is not at {model}; say where it is: --model DIR")
     hf = json.loads((model / "config.json").read_text())
-    return write_hf_folder(hf_tensors(folder, hf), source=model, output=output, shard_bytes=int(shard_gb * 2**30))
+    if (folder / CHECKPOINT_FOLDER).is_dir():
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[_saved_model(folder)["dtype"]]
+        tensors = deepspeed_tensors(folder, hf, dtype)
+    else:
+        tensors = hf_tensors(folder, hf)
+    return write_hf_folder(tensors, source=model, output=output, shard_bytes=int(shard_gb * 2**30))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

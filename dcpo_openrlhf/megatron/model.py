@@ -53,6 +53,11 @@ class Policy:
     held: list[Held]
     """Every parameter of every stage, first layer first; experts stand once, for all expert ranks."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every weight."""
+        return self.config.params_dtype
+
     def entries(self) -> Iterator[tuple[names.Entry, torch.nn.Parameter]]:
         """Each parameter of this rank with its entry in the table of names."""
         for chunk in self.chunks:

@@ -1,6 +1,5 @@
 """Token statistics and updates: packed micro-batches through megatron-core's schedules and optimizer."""
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,12 +16,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from dcpo_openrlhf import objectives
+from dcpo_openrlhf import micro_batch
 from dcpo_openrlhf.config import Loss, Optimizer
 from dcpo_openrlhf.megatron.batch import Layout, Packed, Rows, micro_batches
 from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.megatron.model import Policy
-from dcpo_openrlhf.megatron.token_stats import token_stats
 
 _NOTHING = torch.zeros(()), torch.zeros((), dtype=torch.int), {}
 """What a pass without a loss returns: loss sum, count, sums to log."""
@@ -68,23 +66,17 @@ class PolicyStep:
         fp32, 0 outside the mask, from one forward of the policy, on every rank of the last pipeline stage; the stages
         before it get zeros.
         """
-        batch, time = rows.action_mask.shape
-        out = {
-            "logp": torch.zeros(batch, time),
-            "entropy": torch.zeros(batch, time),
-            "tempered_logp": torch.zeros(batch, time, len(temperatures)),
-        }
+        out = micro_batch.blank_statistics(rows, temperatures)
 
         def collect(packed: Packed, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            stats = token_stats(
+            micro_batch.collect_statistics(
+                out,
+                packed,
                 logits,
-                packed.targets.to(logits.device),
                 temperatures=temperatures,
                 tp_group=tensor_group(),
                 vocab_size=self.policy.shape.vocab_size,
             )
-            for name, values in out.items():
-                values.flatten(0, 1)[packed.actions] = getattr(stats, name).float().cpu()
             return _NOTHING
 
         self._forward_only(rows, collect)
@@ -100,22 +92,15 @@ class PolicyStep:
 
     def greedy(self, prompts: list[list[int]], *, max_new_tokens: int, eos: int) -> list[list[int]]:
         """The most likely continuation of each prompt, end token included; one forward a token, for checks alone."""
-        sequences, done = [list(p) for p in prompts], [False] * len(prompts)
-        for _ in range(max_new_tokens):
-            longest = max(map(len, sequences))
-            tokens = torch.tensor([s + [eos] * (longest + 1 - len(s)) for s in sequences])
-            ends = torch.tensor([len(s) for s in sequences])[:, None]
-            columns = torch.arange(longest + 1)[None]
-            rows = Rows(tokens, columns < ends + 1, (columns == ends)[:, 1:])
-            chosen = torch.zeros(len(prompts), dtype=torch.long)
-            self._forward_only(rows, partial(self._most_likely, chosen, longest))
-            chosen = self._over_context(chosen).to(self.mesh.device)
-            dist.all_reduce(chosen, group=parallel_state.get_pipeline_model_parallel_group())  # the last stage's
-            for i, token in enumerate(chosen.tolist()):
-                if not done[i]:
-                    sequences[i].append(token)
-                    done[i] = token == eos
-        return [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]
+        return micro_batch.greedy(prompts, next_tokens=self._next_tokens, max_new_tokens=max_new_tokens, eos=eos)
+
+    def _next_tokens(self, rows: Rows) -> Tensor:
+        """The most likely token after each row's one action."""
+        chosen = torch.zeros(len(rows), dtype=torch.long)
+        self._forward_only(rows, partial(self._most_likely, chosen, rows.action_mask.shape[1]))
+        chosen = self._over_context(chosen).to(self.mesh.device)
+        dist.all_reduce(chosen, group=parallel_state.get_pipeline_model_parallel_group())  # the last stage's
+        return chosen
 
     def _most_likely(
         self, chosen: Tensor, time: int, packed: Packed, logits: Tensor
@@ -146,12 +131,14 @@ class PolicyStep:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(rows, partial(self._loss, rows, entropy_coefficient), forward_only=False)
-        metrics = _global_means(sums, self.mesh)
+        metrics = micro_batch.metrics(_over_mesh(micro_batch.total(sums), self.mesh))
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _require_finite("loss", metrics["policy/loss"], "the weights are as before")
+        micro_batch.require_finite("loss", metrics["policy/loss"], "the weights are as before")
         result: Any = self.optimizer.step()
         grad_norm = float(result[1])
-        _require_finite("gradient norm", grad_norm, "this update is in the weights: go back to the last checkpoint")
+        micro_batch.require_finite(
+            "gradient norm", grad_norm, "this update is in the weights: go back to the last checkpoint"
+        )
         self.schedule.step(increment=1)
         return metrics | {"policy/grad_norm": grad_norm, "policy/learning_rate": float(learning_rate)}
 
@@ -159,56 +146,18 @@ class PolicyStep:
         self, rows: Rows, entropy_coefficient: float, packed: Packed, logits: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss sum, count it is divided by, sums to log) of one micro-batch."""
-        assert rows.old_logp is not None and rows.advantages
-        device = logits.device
-        aggregation = self.loss.aggregation
-
-        def of_actions(values: Tensor) -> Tensor:
-            return values.flatten(0, 1)[packed.actions].to(device)
-
-        weight = objectives.token_weight(mask=rows.action_mask.bool(), aggregation=aggregation)
-        if rows.scale is not None:
-            weight = weight * rows.scale[:, None]
-        expected_weight = None
-        if rows.expected_weight is not None:
-            expected_weight = of_actions(rows.expected_weight[:, None].expand_as(rows.action_mask))
-        stats = token_stats(
+        loss_sum, count, sums = micro_batch.policy_loss(
+            rows,
+            packed,
             logits,
-            packed.targets.to(device),
-            temperatures=[],
+            loss=self.loss,
+            entropy_coefficient=entropy_coefficient,
             tp_group=tensor_group(),
             vocab_size=self.policy.shape.vocab_size,
-            entropy_grad=entropy_coefficient > 0,
-            expected_temperature=rows.expected_temperature,
-            overwrite_logits=True,  # nothing else reads them: their gradient takes their place
         )
-        terms = objectives.objective_terms(
-            logp=stats.logp,
-            old_logp=of_actions(rows.old_logp),
-            advantages=tuple(of_actions(advantage) for advantage in rows.advantages),
-            weight=of_actions(weight),
-            mask=torch.ones_like(stats.logp, dtype=torch.bool),
-            clip_low=self.loss.clip_low,
-            clip_high=self.loss.clip_high,
-            dual_clip=self.loss.dual_clip,
-            entropy=stats.entropy if entropy_coefficient > 0 else None,
-            entropy_coefficient=entropy_coefficient,
-            expected_logp=stats.expected_logp,
-            expected_weight=expected_weight,
-        )
-        count = objectives.loss_denominator(mask=rows.action_mask[packed.rows].bool(), aggregation=aggregation)
         if self.mesh.context_rank:  # context ranks share the tokens of the same rows: these count once
-            count = torch.zeros_like(count)
-        sums = {
-            "loss": terms.loss_sum.detach(),
-            "count": count,
-            "clip_high": terms.clip_high_sum,
-            "clip_low": terms.clip_low_sum,
-            "kl": terms.kl_sum,
-            "entropy": stats.entropy.detach().sum(),
-            "tokens": terms.token_count,
-        }
-        return terms.loss_sum, count.int().to(device), {k: v.double().cpu() for k, v in sums.items()}
+            count, sums["count"] = torch.zeros_like(count), torch.zeros_like(sums["count"])
+        return loss_sum, count, sums
 
     def _run(self, rows: Rows, loss: Any, *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Every micro-batch through megatron-core's schedule; what `loss` returned third, on the last stage."""
@@ -316,30 +265,10 @@ def _schedule(optimizer: Any, o: Optimizer, total_updates: int) -> OptimizerPara
     )
 
 
-def _require_finite(name: str, value: float, state: str) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {name} of an update must be finite, got {value}; {state}. "
-            "Look at mismatch/* and dcpo/* of the last steps, or lower optimizer.learning_rate"
-        )
-
-
-def _global_means(sums: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, float]:
-    """Metrics of the whole mini-batch on every rank: sums over micro-batches and data ranks, then one division."""
-    names = ("loss", "count", "clip_high", "clip_low", "kl", "entropy", "tokens")
-    total = torch.zeros(len(names), dtype=torch.float64)
-    for micro in sums:
-        total += torch.stack([micro[name] for name in names])
-    total = total.to(mesh.device)
+def _over_mesh(sums: Tensor, mesh: Mesh) -> Tensor:
+    """The sums over data ranks, on every rank."""
+    total = sums.to(mesh.device)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # earlier pipeline stages hold zeros, the last one the sums
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    value = dict(zip(names, total.tolist(), strict=True))
-    tokens = max(value["tokens"], 1.0)
-    return {
-        "policy/loss": value["loss"] / max(value["count"], 1.0),
-        "policy/clip_fraction_high": value["clip_high"] / tokens,
-        "policy/clip_fraction_low": value["clip_low"] / tokens,
-        "policy/approx_kl": value["kl"] / tokens,
-        "policy/entropy": value["entropy"] / tokens,
-    }
+    return total

@@ -1,23 +1,30 @@
-"""The live Megatron weights as vLLM's weight transfer wants them: names and shapes, then full tensors one by one."""
+"""The live weights as vLLM's weight transfer wants them: names and shapes, then full tensors one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from dcpo_openrlhf.megatron.model import Policy, hf_shapes, hf_tensors
 
+class LiveWeights(WeightSource):
+    """Hugging Face tensors of the live policy; iteration is a collective of the policy's ranks.
 
-class MegatronWeightSource(WeightSource):
-    """Hugging Face tensors of the live policy; iteration is a collective of the ranks of the mesh."""
+    dtype: of every tensor. shapes: names and full shapes in the order of `tensors`, without communication.
+    """
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        shapes: Callable[[], Iterator[tuple[str, tuple[int, ...]]]],
+        tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    ) -> None:
+        self._dtype, self._shapes, self._tensors = dtype, shapes, tensors
 
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and full shape of every tensor, in the order of iteration; nothing is gathered."""
-        dtype = self._policy.config.params_dtype
-        return [ParamMeta(name, dtype, shape) for name, shape in hf_shapes(self._policy)]
+        return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return hf_tensors(self._policy)
+        return self._tensors()

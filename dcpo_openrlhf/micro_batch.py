@@ -1,0 +1,163 @@
+"""What both trainers do with the logits of a micro-batch: token statistics, the loss, and the sums that are logged.
+
+Needs neither megatron-core nor DeepSpeed. The vocabulary may be sharded over the ranks of `tp_group`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dcpo_openrlhf import objectives
+from dcpo_openrlhf.config import Loss
+from dcpo_openrlhf.megatron.batch import Packed, Rows
+from dcpo_openrlhf.megatron.token_stats import token_stats
+
+SUMS = ("loss", "count", "clip_high", "clip_low", "kl", "entropy", "tokens")
+"""What `policy_loss` adds up for `metrics`."""
+
+
+def blank_statistics(rows: Rows, temperatures: list[float]) -> dict[str, Tensor]:
+    """{"logp", "entropy"} [batch, time-1] and "tempered_logp" [batch, time-1, temperatures], all 0."""
+    batch, time = rows.action_mask.shape
+    return {
+        "logp": torch.zeros(batch, time),
+        "entropy": torch.zeros(batch, time),
+        "tempered_logp": torch.zeros(batch, time, len(temperatures)),
+    }
+
+
+def collect_statistics(
+    out: dict[str, Tensor],
+    packed: Packed,
+    logits: Float[Tensor, "actions shard"],
+    *,
+    temperatures: list[float],
+    tp_group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Put the statistics of the micro-batch's actions where they belong in `out`."""
+    stats = token_stats(
+        logits,
+        packed.targets.to(logits.device),
+        temperatures=temperatures,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+    )
+    for name, values in out.items():
+        values.flatten(0, 1)[packed.actions] = getattr(stats, name).float().cpu()
+
+
+def policy_loss(
+    rows: Rows,
+    packed: Packed,
+    logits: Float[Tensor, "actions shard"],
+    *,
+    loss: Loss,
+    entropy_coefficient: float = 0.0,
+    tp_group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""], dict[str, Tensor]]:
+    """(loss sum, count it is to be divided by, SUMS to log) of one micro-batch; overwrites the logits in backward."""
+    assert rows.old_logp is not None and rows.advantages
+    device = logits.device
+
+    def of_actions(values: Tensor) -> Tensor:
+        return values.flatten(0, 1)[packed.actions].to(device)
+
+    weight = objectives.token_weight(mask=rows.action_mask.bool(), aggregation=loss.aggregation)
+    if rows.scale is not None:
+        weight = weight * rows.scale[:, None]
+    expected_weight = None
+    if rows.expected_weight is not None:
+        expected_weight = of_actions(rows.expected_weight[:, None].expand_as(rows.action_mask))
+    stats = token_stats(
+        logits,
+        packed.targets.to(device),
+        temperatures=[],
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        entropy_grad=entropy_coefficient > 0,
+        expected_temperature=rows.expected_temperature,
+        overwrite_logits=True,  # nothing else reads them: their gradient takes their place
+    )
+    terms = objectives.objective_terms(
+        logp=stats.logp,
+        old_logp=of_actions(rows.old_logp),
+        advantages=tuple(of_actions(advantage) for advantage in rows.advantages),
+        weight=of_actions(weight),
+        mask=torch.ones_like(stats.logp, dtype=torch.bool),
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        entropy=stats.entropy if entropy_coefficient > 0 else None,
+        entropy_coefficient=entropy_coefficient,
+        expected_logp=stats.expected_logp,
+        expected_weight=expected_weight,
+    )
+    count = objectives.loss_denominator(mask=rows.action_mask[packed.rows].bool(), aggregation=loss.aggregation)
+    sums = {
+        "loss": terms.loss_sum.detach(),
+        "count": count,
+        "clip_high": terms.clip_high_sum,
+        "clip_low": terms.clip_low_sum,
+        "kl": terms.kl_sum,
+        "entropy": stats.entropy.detach().sum(),
+        "tokens": terms.token_count,
+    }
+    return terms.loss_sum, count.int().to(device), {k: v.double().cpu() for k, v in sums.items()}
+
+
+def total(sums: list[dict[str, Tensor]]) -> Float[Tensor, "sums"]:
+    """SUMS of this rank's micro-batches, added up in float64; what is to be summed over ranks for `metrics`."""
+    out = torch.zeros(len(SUMS), dtype=torch.float64)
+    for micro in sums:
+        out += torch.stack([micro[name] for name in SUMS])
+    return out
+
+
+def metrics(over_ranks: Float[Tensor, "sums"]) -> dict[str, float]:
+    """Metrics of the whole mini-batch from the SUMS of all its ranks."""
+    value = dict(zip(SUMS, over_ranks.tolist(), strict=True))
+    tokens = max(value["tokens"], 1.0)
+    return {
+        "policy/loss": value["loss"] / max(value["count"], 1.0),
+        "policy/clip_fraction_high": value["clip_high"] / tokens,
+        "policy/clip_fraction_low": value["clip_low"] / tokens,
+        "policy/approx_kl": value["kl"] / tokens,
+        "policy/entropy": value["entropy"] / tokens,
+    }
+
+
+def require_finite(name: str, value: float, state: str) -> None:
+    """Raise FloatingPointError where `value` is not finite; `state` says what the weights are then."""
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {name} of an update must be finite, got {value}; {state}. "
+            "Look at mismatch/* and dcpo/* of the last steps, or lower optimizer.learning_rate"
+        )
+
+
+def greedy(
+    prompts: list[list[int]], *, next_tokens: Callable[[Rows], Any], max_new_tokens: int, eos: int
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, end token included; one forward a token, for checks alone.
+
+    next_tokens: rows, each with one action, after its last token -> the most likely token of each row.
+    """
+    sequences, done = [list(p) for p in prompts], [False] * len(prompts)
+    for _ in range(max_new_tokens):
+        longest = max(map(len, sequences))
+        tokens = torch.tensor([s + [eos] * (longest + 1 - len(s)) for s in sequences])
+        ends = torch.tensor([len(s) for s in sequences])[:, None]
+        columns = torch.arange(longest + 1)[None]
+        chosen = next_tokens(Rows(tokens, columns < ends + 1, (columns == ends)[:, 1:]))
+        for i, token in enumerate(chosen.tolist()):
+            if not done[i]:
+                sequences[i].append(token)
+                done[i] = token == eos
+    return [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)]

@@ -1,0 +1,50 @@
+"""The policy's part of a checkpoint as DeepSpeed writes it: a file a rank, which the same number of ranks loads.
+
+Weights, sharded fp32 main weights and optimizer, updates done, and the random state of every rank.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcpo_openrlhf.checkpoint import FileSum
+from dcpo_openrlhf.zero import CHECKPOINT_FOLDER
+from dcpo_openrlhf.zero.step import ZeroStep
+
+
+class ZeroCheckpoint:
+    """One rank's end of saving (`save`, then `finish`) and loading (`load`); every rank calls each of them."""
+
+    def __init__(self, step: ZeroStep) -> None:
+        self.step, self.engine = step, step.engine
+        self._folder: Path | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's state to `folder`, which exists; it is on disk when this returns."""
+        self.engine.save_checkpoint(
+            str(folder), tag=CHECKPOINT_FOLDER, client_state={"updates": self.step.updates}, save_latest=False
+        )
+        torch.save(_random_state(), folder / CHECKPOINT_FOLDER / f"random_{self.step.mesh.rank}.pt")
+
+    def finish(self) -> dict[str, FileSum]:
+        """Nothing is left to do; the manifest reads the files itself."""
+        return {}
+
+    def load(self, folder: Path) -> None:
+        """Make this rank's policy, optimizer, schedule and random state those of `folder`."""
+        path, state = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_FOLDER, load_lr_scheduler_states=False)
+        assert path is not None
+        self.step.updates = state["updates"]
+        _set_random_state(torch.load(folder / CHECKPOINT_FOLDER / f"random_{self.step.mesh.rank}.pt"))
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
