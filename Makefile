@@ -23,6 +23,9 @@ endif
 ifneq ($(PIP_INDEX_URL),)
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
+ifneq ($(PIP_CERT),)
+export SSL_CERT_FILE ?= $(PIP_CERT)
+endif
 # Every version is pinned, so the best match over all indexes is the same package wherever it is found.
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
