@@ -4,7 +4,7 @@
 - transformers: its model, micro-batches of --rows-per-batch rows padded to the longest, as its users run it; AdamW
 
 Either side lives in a process of its own, so that its peak memory is its own; they take turns, so that a busy machine
-hits both alike. peak: the fastest matrix multiply that was tried. attainable: the model's own multiplies, one by one.
+hits both alike. peak: the fastest matrix multiply that was tried. attainable: all of the model's own multiplies, alone.
 Targets: 1.3 x transformers in a training step; 0.6 of what is attainable.
 """
 
@@ -150,42 +150,51 @@ class Side:
 
 
 class Multiply(NamedTuple):
-    """[rows, inner] @ [inner, columns]"""
+    """`batch` times [rows, inner] @ [inner, columns]"""
 
+    batch: int
     rows: int
     inner: int
     columns: int
 
     @property
     def flop(self) -> int:
-        return 2 * self.rows * self.inner * self.columns
+        return 2 * self.batch * self.rows * self.inner * self.columns
 
     def gradients(self) -> "list[Multiply]":
         """Those of its backward pass: of the left side, of the right side."""
-        return [Multiply(self.rows, self.columns, self.inner), Multiply(self.inner, self.rows, self.columns)]
+        batch, rows, inner, columns = self
+        return [Multiply(batch, rows, columns, inner), Multiply(batch, inner, rows, columns)]
 
 
-def multiplies(hf: Any, tokens: int, actions: int, *, training: bool) -> list[Multiply]:
-    """A model's matrix multiplies in one forward pass, and backward where training; only actions reach its output."""
+def multiplies(hf: Any, *, tokens: int, actions: int, lengths: Tensor, training: bool) -> list[Multiply]:
+    """A model's matrix multiplies in one forward pass, and backward where training, of rows of the given lengths.
+
+    Only actions reach the output layer. Attention multiplies each row by itself: rows of the root mean square length
+    stand for all, the masked half of the scores counts.
+    """
     head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    queries = hf.num_attention_heads * head
+    queries, length = hf.num_attention_heads * head, int(lengths.double().square().mean().sqrt())
+    scores = Multiply(hf.num_attention_heads, length, head, length)
     layer = [
-        Multiply(tokens, hf.hidden_size, queries + 2 * hf.num_key_value_heads * head),
-        Multiply(tokens, queries, hf.hidden_size),
-        Multiply(tokens, hf.hidden_size, 2 * hf.intermediate_size),
-        Multiply(tokens, hf.intermediate_size, hf.hidden_size),
+        Multiply(1, tokens, hf.hidden_size, queries + 2 * hf.num_key_value_heads * head),
+        *[scores, scores._replace(inner=length, columns=head)] * len(lengths),
+        Multiply(1, tokens, queries, hf.hidden_size),
+        Multiply(1, tokens, hf.hidden_size, 2 * hf.intermediate_size),
+        Multiply(1, tokens, hf.intermediate_size, hf.hidden_size),
     ]
-    forward = layer * hf.num_hidden_layers + [Multiply(actions, hf.hidden_size, hf.vocab_size)]
+    forward = layer * hf.num_hidden_layers + [Multiply(1, actions, hf.hidden_size, hf.vocab_size)]
     return forward + [gradient for m in forward for gradient in m.gradients()] if training else forward
 
 
 def rate(multiply: Multiply, repeats: int) -> float:
     """Median FLOP/s in bf16."""
-    a, b = (torch.randn(shape).to(DTYPE) for shape in (multiply[:2], multiply[1:]))
+    batch, rows, inner, columns = multiply
+    a, b = torch.randn(batch, rows, inner).to(DTYPE), torch.randn(batch, inner, columns).to(DTYPE)
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        torch.mm(a, b)
+        torch.bmm(a, b) if batch > 1 else torch.mm(a[0], b[0])
         times.append(time.perf_counter() - begin)
     return multiply.flop / median(times[1:])
 
@@ -195,8 +204,10 @@ def report(options: argparse.Namespace) -> None:
     rows = ragged_rows(options, hf.vocab_size)
     tokens, actions = int(rows.attention_mask.sum()), int(rows.action_mask.sum())
     batches = -(-tokens // options.tokens)
-    work = {s: multiplies(hf, tokens // batches, actions // batches, training=s == STAGES[0]) for s in STAGES}
-    tried = {m for parts in work.values() for m in parts} | {Multiply(n, n, n) for n in (1024, 2048, 4096)}
+    mean = {"tokens": tokens // batches, "actions": actions // batches}
+    lengths = rows.attention_mask.sum(1)[::batches]
+    work = {s: multiplies(hf, **mean, lengths=lengths, training=s == STAGES[0]) for s in STAGES}
+    tried = {m for parts in work.values() for m in parts} | {Multiply(1, n, n, n) for n in (1024, 2048, 4096)}
     rates = {m: rate(m, options.repeats) for m in sorted(tried)}  # before the sides start: the machine is free
     peak = max(rates.values())
     print(f"{options.model.name}: {len(rows)} rows, {tokens} tokens of which {actions} are actions, ", end="")
