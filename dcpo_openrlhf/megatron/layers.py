@@ -63,7 +63,7 @@ class PackedAttention(torch.nn.Module):
         if len(lengths) * longest**2 > PADDING_BOUND * int((lengths.long() ** 2).sum()):
             parts = lengths.tolist()
             segments = zip(query.split(parts), key.split(parts), value.split(parts), strict=True)
-            return torch.cat([self._attend(*(t[None] for t in qkv))[0] for qkv in segments]).flatten(1)
+            return torch.cat([self._attend(*(t[None] for t in qkv)).squeeze(0) for qkv in segments]).flatten(1)
         row = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
         column = torch.arange(len(query), device=query.device) - bounds[:-1].long()[row]
         # on the right of a row, padding is never seen by a causal query of that row
