@@ -43,7 +43,12 @@ mount -t sysfs sysfs /sys
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/shared" /mnt
 mount -t tmpfs -o size=1g tmpfs /dev/shm
-mount --bind "$2/tmp-$1" /tmp
+case "$PWD" in /tmp/*)  # a checkout there is to be seen too
+  mkdir -p "$2/tmp-$1${PWD#/tmp}"
+  mount --bind "$PWD" "$2/tmp-$1${PWD#/tmp}"
+esac
+mount --rbind "$2/tmp-$1" /tmp
+cd "$PWD"
 shift 2
 exec "$@"
 """
