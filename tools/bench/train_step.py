@@ -132,11 +132,7 @@ class Side:
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, "-m", "tools.bench.train_step", *sys.argv[1:], "--side", name]
-        # threads that wait spin: the side has the cores for itself (in a run they sleep, the engine's are there too)
-        spinning = {"OMP_WAIT_POLICY": "ACTIVE"}
-        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | spinning
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def measure(self, stage: str) -> dict[str, float]:
         assert self.process.stdin and self.process.stdout
