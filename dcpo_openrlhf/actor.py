@@ -45,7 +45,15 @@ class PolicyActor(BaseModelActor):
             # Ray sets OMP_NUM_THREADS to the actor's CPU share; ranks share the machine's cores
             torch.set_num_threads(max((os.cpu_count() or 1) // recipe.parallel.devices_per_node, 1))
         torch.manual_seed(recipe.run.seed)
-        self.step = self._build(recipe, max_steps)
+        step, policy = self._build(recipe)
+        self.step = step(
+            policy,
+            optimizer=recipe.optimizer,
+            loss=recipe.loss,
+            micro_batch_size=recipe.train.micro_batch_size,
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
+            total_updates=max_steps,
+        )
         self.mesh = self.step.mesh
         self._updates: list[Rows] = []
         self.weight_sync: Any = None
@@ -53,8 +61,8 @@ class PolicyActor(BaseModelActor):
             self._connect(recipe, vllm_engines)
         return self.mesh.data_rank
 
-    def _build(self, recipe: Recipe, updates: int) -> Any:
-        """The step of this rank, for that many updates."""
+    def _build(self, recipe: Recipe) -> tuple[type, Any]:
+        """PolicyStep or ZeroStep, and this rank's policy for it."""
         raise NotImplementedError
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -182,7 +190,7 @@ class MegatronActorBase(PolicyActor):
 
     step: "PolicyStep"
 
-    def _build(self, recipe: Recipe, updates: int) -> "PolicyStep":
+    def _build(self, recipe: Recipe) -> tuple[type, Any]:
         if recipe.run.device == "cpu":
             from dcpo_openrlhf import cpu
 
@@ -198,14 +206,7 @@ class MegatronActorBase(PolicyActor):
             world_size=self._world_size,
             seed=recipe.run.seed,
         )
-        return PolicyStep(
-            build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=mesh),
-            optimizer=recipe.optimizer,
-            loss=recipe.loss,
-            micro_batch_size=recipe.train.micro_batch_size,
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            total_updates=updates,
-        )
+        return PolicyStep, build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=mesh)
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         from dcpo_openrlhf.megatron.model import hf_shapes
@@ -241,18 +242,11 @@ class ZeroActorBase(PolicyActor):
 
     step: "ZeroStep"
 
-    def _build(self, recipe: Recipe, updates: int) -> "ZeroStep":
+    def _build(self, recipe: Recipe) -> tuple[type, Any]:
         from dcpo_openrlhf.zero.model import build_policy
         from dcpo_openrlhf.zero.step import ZeroStep
 
-        return ZeroStep(
-            build_policy(recipe),
-            optimizer=recipe.optimizer,
-            loss=recipe.loss,
-            micro_batch_size=recipe.train.micro_batch_size,
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            total_updates=updates,
-        )
+        return ZeroStep, build_policy(recipe)
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         from dcpo_openrlhf.zero.model import hf_shapes
