@@ -91,9 +91,13 @@ def install() -> None:
 
 
 def _patch_megatron() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    from dcpo_openrlhf.megatron.fused import packed_rotary
+
+    rope_utils.fused_apply_rotary_pos_emb_thd = packed_rotary  # in Transformer Engine's place
     # activation recomputation keeps the generator's state in a way of its own; the CPU generator's is kept beside it
     random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # type: ignore[assignment]
     random._set_cuda_rng_state = lambda *_, **__: None

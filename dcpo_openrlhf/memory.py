@@ -204,15 +204,16 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     p, e = recipe.parallel, BYTES[recipe.model.dtype]
     sequence = p.tensor if p.sequence_parallel else 1
     hf = p.backend == "deepspeed"
-    local = hf or recipe.model.layers == "local" or recipe.run.device == "cpu"
-    # local: fp32 input and normalised input of torch's rms_norm; Transformer Engine: the input alone
-    norm = 8 if local else e
+    cpu = not hf and recipe.run.device == "cpu"  # megatron/fused.py
+    local = hf or recipe.model.layers == "local" or cpu
+    # local: fp32 input and normalised input of torch's rms_norm; fused: the input alone
+    norm = 8 if local and not cpu else e
     attention = e * (2 * s.query + 2 * s.key) + (e * s.query if local else 0)  # q, k, v and out; local gathers out anew
-    attention += (s.query + s.key) * norm * s.qk_norm + 4 * e * s.head_dim  # rotary: cos and sin for q and k
-    # gate and up, and their product; where SwiGLU is not fused (cpu) silu(gate) and a copy of up too
-    columns = (4 if hf else 5 if recipe.run.device == "cpu" else 3) * e * s.ffn
-    short = not hf and recipe.run.device == "cpu" and recipe.rollout.context <= SHORT_ATTENTION
-    if short and recipe.train.recompute != "selective":  # softmax's weights in fp32, and as the values' type
+    attention += (s.query + s.key) * norm * s.qk_norm
+    attention += 0 if cpu else 4 * e * s.head_dim  # rotary: cos and sin for q and k; on cpu all layers share them
+    columns = (4 if hf else 3) * e * s.ffn  # gate and up, and their product; where SwiGLU is not fused silu(gate) too
+    if cpu and recipe.rollout.context <= SHORT_ATTENTION and recipe.train.recompute != "selective":
+        # softmax's weights in fp32, and as the values' type
         attention += s.query // s.head_dim * recipe.rollout.context * (4 if e == 4 else 4 + e)
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
     if s.experts:

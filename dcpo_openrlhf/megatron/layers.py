@@ -1,5 +1,6 @@
 """Layers of the local specification: attention over packed sequences, RMSNorm that allows sequence parallelism."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from dcpo_openrlhf.megatron import fused
 from dcpo_openrlhf.megatron.batch import context_share
 from dcpo_openrlhf.memory import SHORT_ATTENTION
 
@@ -127,10 +129,15 @@ def _short_attention(
     q = query.float().view(rows, time, groups, -1, dim).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, dim)
     k = key.float().permute(0, 2, 3, 1).reshape(rows * groups, dim, time)
     v = value.transpose(1, 2).reshape(rows * groups, time, dim)
-    later = torch.full((time, time), -torch.inf, device=q.device).triu(1).repeat(heads // groups, 1)
-    weights = torch.baddbmm(later[None], q, k, alpha=scale).softmax(-1).to(v.dtype)
+    weights = torch.baddbmm(_later(time, heads // groups)[None], q, k, alpha=scale).softmax(-1).to(v.dtype)
     out = torch.bmm(weights, v).view(rows, groups, -1, time, dim).permute(0, 3, 1, 2, 4)
     return out.reshape(rows, time, heads, dim)
+
+
+@lru_cache(maxsize=16)  # every layer asks for the same few
+def _later(time: int, heads: int) -> Float[Tensor, "queries time"]:
+    """-inf where a key comes after its query, else 0; one block of queries for each head of a group."""
+    return torch.full((time, time), -torch.inf).triu(1).repeat(heads, 1)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -141,4 +148,6 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
+        if x.device.type == "cpu":
+            return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)

@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dcpo_openrlhf.config import Model, Parallel, Train
 from dcpo_openrlhf.megatron import names
+from dcpo_openrlhf.megatron.fused import SwiGLU
 from dcpo_openrlhf.megatron.layers import PackedAttention, RMSNorm
 from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 
@@ -147,7 +148,8 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=False,
+        use_te_activation_func=not on_gpu,  # fused.SwiGLU
+        apply_rope_fusion=not on_gpu and not rope,  # fused.packed_rotary; yarn also scales, which it does not
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **moe,
@@ -350,6 +352,8 @@ def _layer_spec(config: TransformerConfig, layers: str, device: str, chunk: int 
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
+    mlp = parts.mlp.submodules
+    (mlp.experts.submodules if moe else mlp).activation_func = SwiGLU
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm  # a class, where megatron-core's annotation says module or spec

@@ -2,9 +2,10 @@
 
 - ours: one process of the recipe (tp 1): rows packed to --tokens, one forward for all statistics, distributed optimizer
 - transformers: its model, micro-batches of --rows-per-batch rows padded to the longest, as its users run it; AdamW
+- multiplies: the matrix multiplies of our side and nothing else, in the same order, with weights for every layer
 
-Either side lives in a process of its own, so that its peak memory is its own; they take turns, so that a busy machine
-hits both alike. peak: the fastest matrix multiply that was tried. attainable: all of the model's own multiplies, alone.
+Each side lives in a process of its own, so that its peak memory is its own; they take turns, so that a busy machine
+hits all alike. peak: the fastest square multiply. attainable: the share of the peak that the multiplies alone reach.
 Targets: 1.3 x transformers in a training step; 0.6 of what is attainable.
 """
 
@@ -18,18 +19,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dcpo_openrlhf.megatron.batch import Rows
+from dcpo_openrlhf.megatron.batch import Rows, micro_batches
 from tools.smollm2 import ensure_smollm2
 
-SIDES = ("ours", "transformers")
+SIDES = ("ours", "transformers", "multiplies", "attainable")
 STAGES = ("training step", "token statistics")
 TEMPERATURES = [0.8, 1.2]
 DTYPE = torch.bfloat16
@@ -113,15 +115,114 @@ def transformers_side(options: argparse.Namespace, rows: Rows) -> dict[str, Call
     return dict(zip(STAGES, (train, statistics), strict=True))
 
 
+def multiplies_side(
+    options: argparse.Namespace, rows: Rows, *, and_memory: bool = False
+) -> dict[str, Callable[[], object]]:
+    """The matrix multiplies of our side; each stage returns its FLOP.
+
+    Every layer has its own weights and keeps its inputs for its backward pass, so that operands lie where a model's do.
+    Attention multiplies row by row; the masked half of its scores counts.
+
+    and_memory: what else no implementation is spared. Whatever follows a multiply reads its product and writes one; the
+    weights' gradients are summed in fp32; Adam updates them. No arithmetic of norms, softmax, rotary embedding or loss.
+    """
+    hf = AutoConfig.from_pretrained(options.model)
+    heads, hidden, inner = hf.num_attention_heads, hf.hidden_size, hf.intermediate_size
+    dim = getattr(hf, "head_dim", None) or hidden // heads
+    queries, keys = heads * dim, hf.num_key_value_heads * dim
+    layer = [(queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
+    weights = [_random(*shape) for shape in layer * hf.num_hidden_layers + [(hf.vocab_size, hidden)]]
+    masters = [torch.nn.Parameter(weight.float()) for weight in weights] if and_memory else []
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    adam = torch.optim.AdamW(masters, lr=1e-6, fused=True) if and_memory else None
+    gradients = {n: _random(options.tokens, n) for n in {len(weight) for weight in weights}}
+    head, scores = _random(heads, options.longest, dim), _random(heads, options.longest, options.longest)
+    packs = micro_batches(rows, size=1, token_cap=options.tokens)
+    flop = 0
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        nonlocal flop
+        flop += 2 * a.numel() * b.shape[-1]
+        return a @ b
+
+    def move(product: Tensor) -> Tensor:
+        return product.clone() if and_memory else product
+
+    def backward(index: int, x: Tensor) -> None:
+        gradient = gradients[len(weights[index])][: len(x)]
+        move(multiply(gradient, weights[index]))
+        of_weight = multiply(gradient.T, x)
+        if and_memory:
+            masters[index].grad.add_(of_weight)  # type: ignore[union-attr]
+
+    def attention(lengths: list[int], times: int) -> None:
+        for length in lengths * times:
+            one = head[:, :length]
+            move(multiply(one, one.mT))
+            move(multiply(scores[:, :length, :length], one))
+
+    def run(training: bool) -> int:
+        nonlocal flop
+        flop = 0
+        for pack in packs:
+            lengths, kept = pack.bounds.diff().tolist(), []
+            x = gradients[hidden][: pack.bounds[-1]]
+            for index, weight in enumerate(weights):
+                x = x[:, : weight.shape[1]]  # of queries, keys and values the queries; of up and gate one
+                if index % len(layer) == 1:
+                    attention(lengths, 1)
+                if weight is weights[-1]:
+                    x = x[: len(pack.actions)]
+                if training:
+                    kept.append((index, x))
+                x = move(multiply(x, weight.T))
+            while kept:
+                backward(*kept.pop())
+            if training:
+                attention(lengths * hf.num_hidden_layers, 2)
+        if adam and training:
+            adam.step()
+            for weight, master in zip(weights, masters, strict=True):
+                weight.copy_(master.detach())
+                master.grad.zero_()  # type: ignore[union-attr]
+        return flop
+
+    return {stage: partial(run, stage == STAGES[0]) for stage in STAGES}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape).div(shape[-1] ** 0.5).to(DTYPE)
+
+
+def peak_rate() -> float:
+    """FLOP/s of the fastest square multiply."""
+    best = 0.0
+    for n in (1024, 2048, 4096):
+        a = _random(n, n)
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(a, a)
+            best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    return best
+
+
 def serve(options: argparse.Namespace) -> None:
-    """Do each stage named on standard input and answer with its seconds and the peak memory [GiB] so far."""
+    """Do each stage named on standard input; answer with its seconds, FLOP if counted, peak memory [GiB] so far."""
     rows = ragged_rows(options, AutoConfig.from_pretrained(options.model).vocab_size)
-    stages = (our_side if options.side == "ours" else transformers_side)(options, rows)
+    make = {
+        "ours": our_side,
+        "transformers": transformers_side,
+        "multiplies": multiplies_side,
+        "attainable": partial(multiplies_side, and_memory=True),
+    }
+    stages = make[options.side](options, rows)
     for line in sys.stdin:
         begin = time.perf_counter()
-        stages[line.strip()]()
+        done = stages[line.strip()]()
         answer = {
             "seconds": time.perf_counter() - begin,
+            "flop": done if isinstance(done, int) else None,
             "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         print("answer", json.dumps(answer), flush=True)
@@ -134,7 +235,7 @@ class Side:
         command = [sys.executable, "-m", "tools.bench.train_step", *sys.argv[1:], "--side", name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def measure(self, stage: str) -> dict[str, float]:
+    def measure(self, stage: str) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(stage + "\n")
         self.process.stdin.flush()
@@ -149,88 +250,33 @@ class Side:
         self.process.wait()
 
 
-class Multiply(NamedTuple):
-    """`batch` times [rows, inner] @ [inner, columns]"""
-
-    batch: int
-    rows: int
-    inner: int
-    columns: int
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.batch * self.rows * self.inner * self.columns
-
-    def gradients(self) -> "list[Multiply]":
-        """Those of its backward pass: of the left side, of the right side."""
-        batch, rows, inner, columns = self
-        return [Multiply(batch, rows, columns, inner), Multiply(batch, inner, rows, columns)]
-
-
-def multiplies(hf: Any, *, tokens: int, actions: int, lengths: Tensor, training: bool) -> list[Multiply]:
-    """A model's matrix multiplies in one forward pass, and backward where training, of rows of the given lengths.
-
-    Only actions reach the output layer. Attention multiplies each row by itself: rows of the root mean square length
-    stand for all, the masked half of the scores counts.
-    """
-    head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    queries, length = hf.num_attention_heads * head, int(lengths.double().square().mean().sqrt())
-    scores = Multiply(hf.num_attention_heads, length, head, length)
-    layer = [
-        Multiply(1, tokens, hf.hidden_size, queries + 2 * hf.num_key_value_heads * head),
-        *[scores, scores._replace(inner=length, columns=head)] * len(lengths),
-        Multiply(1, tokens, queries, hf.hidden_size),
-        Multiply(1, tokens, hf.hidden_size, 2 * hf.intermediate_size),
-        Multiply(1, tokens, hf.intermediate_size, hf.hidden_size),
-    ]
-    forward = layer * hf.num_hidden_layers + [Multiply(1, actions, hf.hidden_size, hf.vocab_size)]
-    return forward + [gradient for m in forward for gradient in m.gradients()] if training else forward
-
-
-def rate(multiply: Multiply, repeats: int) -> float:
-    """Median FLOP/s in bf16."""
-    batch, rows, inner, columns = multiply
-    a, b = torch.randn(batch, rows, inner).to(DTYPE), torch.randn(batch, inner, columns).to(DTYPE)
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        torch.bmm(a, b) if batch > 1 else torch.mm(a[0], b[0])
-        times.append(time.perf_counter() - begin)
-    return multiply.flop / median(times[1:])
-
-
 def report(options: argparse.Namespace) -> None:
-    hf = AutoConfig.from_pretrained(options.model)
-    rows = ragged_rows(options, hf.vocab_size)
+    rows = ragged_rows(options, AutoConfig.from_pretrained(options.model).vocab_size)
     tokens, actions = int(rows.attention_mask.sum()), int(rows.action_mask.sum())
-    batches = -(-tokens // options.tokens)
-    mean = {"tokens": tokens // batches, "actions": actions // batches}
-    lengths = rows.attention_mask.sum(1)[::batches]
-    work = {s: multiplies(hf, **mean, lengths=lengths, training=s == STAGES[0]) for s in STAGES}
-    tried = {m for parts in work.values() for m in parts} | {Multiply(1, n, n, n) for n in (1024, 2048, 4096)}
-    rates = {m: rate(m, options.repeats) for m in sorted(tried)}  # before the sides start: the machine is free
-    peak = max(rates.values())
+    answers: dict[tuple[str, str], list[dict[str, Any]]] = {(stage, name): [] for stage in STAGES for name in SIDES}
+    peaks = []
+    with contextlib.ExitStack() as stack:
+        sides = {name: stack.enter_context(contextlib.closing(Side(name))) for name in SIDES}
+        for stage in STAGES:
+            for turn in range(options.repeats + 1):
+                peaks.append(peak_rate())
+                for name, side in sides.items():
+                    answer = side.measure(stage)
+                    if turn:
+                        answers[stage, name].append(answer)
+    peak = max(peaks)
     print(f"{options.model.name}: {len(rows)} rows, {tokens} tokens of which {actions} are actions, ", end="")
     print(f"{torch.get_num_threads()} threads, peak {peak / 1e9:.0f} GFLOP/s (bf16)")
     titles = ["stage", "side", "seconds", "tokens/s", "x transformers", "of the peak", "of what is attainable", "GiB"]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-    with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(contextlib.closing(Side(name))) for name in SIDES}
-        for stage in STAGES:
-            measured = {name: [] for name in sides}
-            for turn in range(options.repeats + 1):
-                for name, side in sides.items():
-                    answer = side.measure(stage)
-                    if turn:
-                        measured[name].append(answer)
-            flop = batches * sum(m.flop for m in work[stage])
-            alone = batches * sum(m.flop / rates[m] for m in work[stage])
-            seconds = {name: median(a["seconds"] for a in answers) for name, answers in measured.items()}
-            for name, answers in measured.items():
-                s = seconds[name]
-                cells = [stage, name, f"{s:.2f}", f"{tokens / s:.0f}", f"{seconds['transformers'] / s:.2f}"]
-                cells += [f"{flop / s / peak:.2f}", f"{alone / s:.2f}", f"{max(a['gib'] for a in answers):.2f}"]
-                print(f"| {' | '.join(cells)} |", flush=True)
+    for stage in STAGES:
+        seconds = {name: median(a["seconds"] for a in answers[stage, name]) for name in SIDES}
+        flop = answers[stage, "multiplies"][0]["flop"]
+        for name in SIDES:
+            s, memory = seconds[name], max(a["gib"] for a in answers[stage, name])
+            cells = [stage, name, f"{s:.2f}", f"{tokens / s:.0f}", f"{seconds['transformers'] / s:.2f}"]
+            cells += [f"{flop / s / peak:.2f}", f"{seconds['multiplies'] / s:.2f}", f"{memory:.2f}"]
+            print(f"| {' | '.join(cells)} |")
     print(f"targets: {TARGET_RATIO} x transformers in a training step, {TARGET_SHARE} of what is attainable")
 
 

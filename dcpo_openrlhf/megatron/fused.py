@@ -1,0 +1,132 @@
+"""RMSNorm, SwiGLU and rotary embedding for CPU: few passes over memory, little kept for backward.
+
+In torch and megatron-core each is a chain of operations that write and keep a tensor; on a CPU that is most of what a
+layer costs beside its matrix multiplies. The work is done in fp32, rounded once.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dcpo_openrlhf.megatron.batch import context_share
+
+
+def rms_norm(x: Float[Tensor, "... hidden"], weight: Float[Tensor, " hidden"], eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in the type of x."""
+    return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and 1 / rms(x); x is scaled again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore
+        rows = _fp32_copy(x)
+        inverse = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return rows.mul_(inverse).mul_(weight.float()).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        x, weight, inverse = ctx.saved_tensors
+        scaled, g = _fp32_copy(x).mul_(inverse), _fp32_copy(gradient)
+        of_weight = torch.mul(g, scaled).sum(0)
+        g.mul_(weight.float())
+        along = torch.linalg.vecdot(g, scaled).div_(x.shape[-1])[:, None]
+        g.addcmul_(scaled, along, value=-1).mul_(inverse)  # rms(x) does not change along x
+        return g.to(x.dtype).view(x.shape), of_weight.to(weight.dtype), None
+
+
+def _fp32_copy(x: Float[Tensor, "... hidden"]) -> Float[Tensor, "rows hidden"]:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.to(torch.float32, copy=True)
+
+
+class SwiGLU(MegatronModule):
+    """`swiglu` as megatron-core's MLP takes an activation."""
+
+    def forward(self, x: Float[Tensor, "... twice"]) -> Float[Tensor, "... half"]:
+        return swiglu(x)
+
+
+def swiglu(x: Float[Tensor, "... twice"]) -> Float[Tensor, "... half"]:
+    """silu(x[:half]) * x[half:] along the last dimension."""
+    return _SwiGLU.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps x alone; backward writes both halves of the gradient into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        of_gate, of_up = out.chunk(2, -1)
+        torch.ops.aten.silu.out(gate, out=of_gate)
+        torch.mul(of_gate, gradient, out=of_up)
+        torch.mul(gradient, up, out=of_gate)
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return out
+
+
+def packed_rotary(
+    t: Float[Tensor, "tokens heads dim"],
+    cu_seqlens: Int[Tensor, "rows+1"],
+    freqs: Float[Tensor, "longest 1 1 dim"],
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> Float[Tensor, "tokens heads dim"]:
+    """Rotary embedding: each token turned by the angles of its place in its own sequence.
+
+    Takes the place of Transformer Engine's in megatron-core. Both halves of `freqs` are the same.
+    """
+    cos, sin = _angles(cu_seqlens, freqs, cp_size, cp_rank, t.dtype)
+    return _Rotate.apply(t, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+@lru_cache(maxsize=1)  # every layer asks twice; tensors are told apart by identity
+def _angles(cu_seqlens: Tensor, freqs: Tensor, cp_size: int, cp_rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [tokens, 1, dim / 2]"""
+    place = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+    if cp_size > 1:
+        place = place[context_share(cu_seqlens, cp_rank, cp_size)]
+    half = freqs[:, 0, :, : freqs.shape[-1] // 2][place]
+    return half.cos().to(dtype), half.sin().to(dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(cos, sin)
+        return _rotate(t, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, sin, -1), None, None
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """[a cos - b sin, b cos + a sin] of the halves a and b of t; direction -1: the turn back."""
+    out = torch.empty_like(t)
+    (a, b), (left, right) = t.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=right).addcmul_(a, sin, value=direction)
+    return out
