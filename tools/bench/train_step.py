@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--longest", type=int, default=256, help="tokens of the longest row")
-    parser.add_argument("--tokens", type=int, default=1024, help="our cap of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=2048, help="our cap of a micro-batch")
     parser.add_argument("--rows-per-batch", type=int, default=8, help="rows of a micro-batch of transformers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
