@@ -1,7 +1,7 @@
 """RMSNorm, SwiGLU and rotary embedding for CPU: few passes over memory, little kept for backward.
 
-In torch and megatron-core each is a chain of operations that write and keep a tensor; on a CPU that is most of what a
-layer costs beside its matrix multiplies. The work is done in fp32, rounded once.
+In torch and megatron-core each is a chain of operations on CPU, each of which writes a tensor and keeps it. RMSNorm
+works in fp32 and rounds once; the others work in the type of their input.
 """
 
 from functools import lru_cache
