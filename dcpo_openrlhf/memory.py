@@ -213,8 +213,7 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     attention += 0 if cpu else 4 * e * s.head_dim  # rotary: cos and sin for q and k; on cpu all layers share them
     columns = (4 if hf else 3) * e * s.ffn  # gate and up, and their product; where SwiGLU is not fused silu(gate) too
     if cpu and recipe.rollout.context <= SHORT_ATTENTION and recipe.train.recompute != "selective":
-        # softmax's weights in fp32, and as the values' type
-        attention += s.query // s.head_dim * recipe.rollout.context * (4 if e == 4 else 4 + e)
+        attention += s.query // s.head_dim * recipe.rollout.context * e  # softmax's weights
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
     if s.experts:
         # tokens sent to experts and back, over as many ranks as send here: balanced routing is assumed

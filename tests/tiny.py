@@ -83,14 +83,13 @@ def make_tiny_model(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    fields = ARCHITECTURE_FIELDS[architecture] | more
+    fields = {"vocab_size": len(tokenizer)} | ARCHITECTURE_FIELDS[architecture] | more
     if architecture.startswith("qwen3"):
         fields["head_dim"] = hidden // heads
     if architecture == "qwen3_moe":
         fields["moe_intermediate_size"] = ffn
     config = AutoConfig.for_model(
         architecture,
-        vocab_size=len(tokenizer),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,

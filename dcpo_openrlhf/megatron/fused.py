@@ -1,7 +1,7 @@
-"""RMSNorm, SwiGLU and rotary embedding for CPU: few passes over memory, little kept for backward.
+"""RMSNorm, SwiGLU, rotary embedding and attention over short sequences for CPU: few passes, little kept for backward.
 
 In torch and megatron-core each is a chain of operations on CPU, each of which writes a tensor and keeps it. RMSNorm
-works in fp32 and rounds once; the others work in the type of their input.
+works in fp32 and rounds once, attention has scores and softmax in fp32; the others work in the type of their input.
 """
 
 from functools import lru_cache
@@ -130,3 +130,90 @@ def _rotate(t: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-direction)
     torch.mul(b, cos, out=right).addcmul_(a, sin, value=direction)
     return out
+
+
+def short_attention(
+    query: Float[Tensor, "tokens heads dim"],
+    key: Float[Tensor, "tokens kv_heads dim"],
+    value: Float[Tensor, "tokens kv_heads dim"],
+    lengths: tuple[int, ...],
+    scale: float,
+) -> Float[Tensor, "tokens heads dim"]:
+    """softmax(scale q k^T) v, causal within each of the packed sequences, whose lengths add up to the tokens.
+
+    Scores and softmax in fp32; the weights, and in backward the gradient of the scores, are then in the type of the
+    values, as in flash attention. torch's fused kernel is slower at such lengths.
+    """
+    return _ShortAttention.apply(query, key, value, lengths, scale)  # pyright: ignore[reportReturnType]
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Two batched multiplies for each sequence, in which the heads of a group meet their keys without copies of them.
+
+    Keeps queries, keys, values and weights. The heads of a sequence lie one after the other meanwhile.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
+        q, k, v = (_by_head(t, lengths) for t in (query, key, value))
+        groups, out, weights = key.shape[1], torch.empty_like(q), []
+        for q_, k_, v_, out_ in zip(
+            *(_blocks(t, lengths, groups) for t in (q.float(), k.float(), v, out)), strict=True
+        ):
+            later = _later(k_.shape[1], q_.shape[1] // k_.shape[1])
+            weights.append(torch.baddbmm(later, q_, k_.mT, alpha=scale).softmax(-1).to(v.dtype))
+            torch.bmm(weights[-1], v_, out=out_)
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.lengths, ctx.groups, ctx.scale = lengths, groups, scale
+        return _by_token(out, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        q, k, v, *weights = ctx.saved_tensors
+        lengths, groups = ctx.lengths, ctx.groups
+        of_out = _by_head(gradient, lengths)
+        found = [torch.empty_like(t) for t in (q, k, v)]
+        blocks = zip(*(_blocks(t, lengths, groups) for t in (q, k, v, of_out, *found)), strict=True)
+        for p, (q_, k_, v_, of_out_, of_q_, of_k_, of_v_) in zip(weights, blocks, strict=True):
+            of_scores = torch.ops.aten._softmax_backward_data(of_out_ @ v_.mT, p, -1, p.dtype)
+            torch.bmm(of_scores, k_, out=of_q_)
+            torch.bmm(of_scores.mT, q_, out=of_k_)
+            torch.bmm(p.mT, of_out_, out=of_v_)
+        for t in found[:2]:
+            t.mul_(ctx.scale)
+        return *(_by_token(t, lengths) for t in found), None, None
+
+
+def _by_head(t: Float[Tensor, "tokens heads dim"], lengths: tuple[int, ...]) -> Float[Tensor, "tokens*heads dim"]:
+    """Sequence by sequence, head by head, token by token."""
+    return t.reshape(-1, t.shape[-1]).index_select(0, _order(lengths, t.shape[1])[0])
+
+
+def _by_token(t: Float[Tensor, "tokens*heads dim"], lengths: tuple[int, ...]) -> Float[Tensor, "tokens heads dim"]:
+    heads = len(t) // sum(lengths)
+    return t.index_select(0, _order(lengths, heads)[1]).view(-1, heads, t.shape[1])
+
+
+def _blocks(
+    t: Float[Tensor, "tokens*heads dim"], lengths: tuple[int, ...], groups: int
+) -> list[Float[Tensor, "groups heads*time dim"]]:
+    """Views of the sequences."""
+    heads = len(t) // sum(lengths)
+    return [part.view(groups, -1, t.shape[1]) for part in t.split([n * heads for n in lengths])]
+
+
+@lru_cache(maxsize=4)  # queries and keys of a micro-batch, of which every layer asks for the same
+def _order(lengths: tuple[int, ...], heads: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Places of (sequence, head, token) among (token, head), and the way back."""
+    places = torch.arange(sum(lengths) * heads).view(-1, heads)
+    order = torch.cat([part.T.flatten() for part in places.split(lengths)])
+    return order, order.argsort()
+
+
+@lru_cache(maxsize=32)
+def _later(time: int, heads: int) -> Float[Tensor, "1 heads*time time"]:
+    """-inf where a key comes after its query, else 0; one block of queries for each head of a group."""
+    return torch.full((time, time), -torch.inf).triu(1).repeat(heads, 1)[None]

@@ -1,6 +1,5 @@
 """Layers of the local specification: attention over packed sequences, RMSNorm that allows sequence parallelism."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,6 +61,9 @@ class PackedAttention(torch.nn.Module):
             return self._across_ranks(query, key, value, bounds)
         lengths = bounds.diff()
         longest = int(lengths.max())
+        if query.device.type == "cpu" and longest <= SHORT_ATTENTION:
+            scale = self.softmax_scale or query.shape[-1] ** -0.5
+            return fused.short_attention(query, key, value, tuple(lengths.tolist()), scale).flatten(1)
         if len(lengths) * longest**2 > PADDING_BOUND * int((lengths.long() ** 2).sum()):
             parts = lengths.tolist()
             segments = zip(query.split(parts), key.split(parts), value.split(parts), strict=True)
@@ -106,38 +108,9 @@ class PackedAttention(torch.nn.Module):
         return out[own_row, place].flatten(1)
 
     def _attend(self, *qkv: Float[Tensor, "rows time heads dim"]) -> Float[Tensor, "rows time heads dim"]:
-        q, k, v = qkv
-        if q.device.type == "cpu" and q.shape[1] <= SHORT_ATTENTION:
-            return _short_attention(q, k, v, self.softmax_scale or q.shape[-1] ** -0.5)
         q, k, v = (t.transpose(1, 2) for t in qkv)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
         return out.transpose(1, 2)
-
-
-def _short_attention(
-    query: Float[Tensor, "rows time heads dim"],
-    key: Float[Tensor, "rows time kv_heads dim"],
-    value: Float[Tensor, "rows time kv_heads dim"],
-    scale: float,
-) -> Float[Tensor, "rows time heads dim"]:
-    """Causal attention as two batched multiplies, in which the heads of a group meet their keys without copies of them.
-
-    Scores and softmax in fp32, the weights then in the type of the values, as fused kernels have it.
-    """
-    rows, time, heads, dim = query.shape
-    groups = key.shape[2]
-    q = query.float().view(rows, time, groups, -1, dim).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, dim)
-    k = key.float().permute(0, 2, 3, 1).reshape(rows * groups, dim, time)
-    v = value.transpose(1, 2).reshape(rows * groups, time, dim)
-    weights = torch.baddbmm(_later(time, heads // groups)[None], q, k, alpha=scale).softmax(-1).to(v.dtype)
-    out = torch.bmm(weights, v).view(rows, groups, -1, time, dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows, time, heads, dim)
-
-
-@lru_cache(maxsize=16)  # every layer asks for the same few
-def _later(time: int, heads: int) -> Float[Tensor, "queries time"]:
-    """-inf where a key comes after its query, else 0; one block of queries for each head of a group."""
-    return torch.full((time, time), -torch.inf).triu(1).repeat(heads, 1)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -16,16 +16,25 @@ from tests.distributed import renew_process_group
 
 
 def make_policy(
-    path: Path, *, rank: int, world_size: int, dtype: str = "fp32", recompute: Any = "none", **mesh_sizes: Any
+    path: Path,
+    *,
+    rank: int,
+    world_size: int,
+    dtype: str = "fp32",
+    recompute: Any = "none",
+    device: str = "cpu",
+    layers: Any = "auto",
+    **mesh_sizes: Any,
 ) -> Policy:
-    """The policy of the HF folder on a CPU mesh, tensor/pipeline/... sizes by keyword; replaces an earlier mesh."""
-    cpu.install()
+    """The policy of the HF folder on a mesh of tensor/pipeline/... sizes by keyword; replaces an earlier mesh."""
+    if device == "cpu":
+        cpu.install()
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
         renew_process_group()
     parallel = Parallel(nodes=1, devices_per_node=world_size, **mesh_sizes)
-    mesh = init_mesh(parallel, device="cpu", rank=rank, world_size=world_size, seed=1)
-    model = Model(path=path, dtype=dtype)  # type: ignore[arg-type]
+    mesh = init_mesh(parallel, device=device, rank=rank, world_size=world_size, seed=1)
+    model = Model(path=path, dtype=dtype, layers=layers)  # type: ignore[arg-type]
     return build_policy(model=model, parallel=parallel, train=Train(recompute=recompute), mesh=mesh)
 
 
@@ -35,12 +44,13 @@ def make_step(
     micro_batch_size: int = 2,
     micro_batch_tokens: int | None = None,
     learning_rate: float = 1e-3,
+    cpu_offload: float = 0.0,
     **loss: Any,
 ) -> PolicyStep:
     return PolicyStep(
         policy,
         # Adam's first step is nearly the sign of the gradient: a larger eps keeps rounding of tiny gradients small
-        optimizer=Optimizer(learning_rate=learning_rate, eps=1e-3),
+        optimizer=Optimizer(learning_rate=learning_rate, eps=1e-3, cpu_offload=cpu_offload),
         loss=Loss(**loss),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,

@@ -86,3 +86,19 @@ def test_rotary_embedding_forgets_the_angles_of_another_micro_batch() -> None:
     whole, cut = (fused.packed_rotary(t, torch.tensor(b).int(), freqs) for b in ([0, 4], [0, 2, 4]))
     torch.testing.assert_close(cut[:2], whole[:2])
     torch.testing.assert_close(cut[2:], whole[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
+def test_short_attention_sees_its_own_sequence_up_to_itself(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    lengths, dim, scale = (5, 1, 9), 8, 0.3
+    row = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    sees = (row[:, None] == row) & torch.ones(15, 15).tril().bool()
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
+
+    qkv = [random(15, h, dim, seed=i, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads))]
+    compare(lambda q, k, v: fused.short_attention(q, k, v, lengths, scale), plain, qkv)

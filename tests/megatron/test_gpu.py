@@ -1,0 +1,244 @@
+"""One GPU against the CPU: statistics, gradients and updates of every architecture, memory, offload, resume."""
+
+import gc
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+from dcpo_openrlhf.megatron.mesh import close_mesh
+from dcpo_openrlhf.megatron.model import hf_tensors
+from dcpo_openrlhf.megatron.token_stats import token_stats
+from tests.megatron.common import make_policy, make_step, random_rows
+from tests.tiny import make_tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+TEMPERATURES = [0.8, 1.2]
+
+
+class Numbers(NamedTuple):
+    statistics: dict[str, Tensor]
+    metrics: list[dict[str, float]]
+    gradients: dict[str, Tensor]
+    """Of the last update, by the names of the Hugging Face tensors that a parameter holds."""
+    weights: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {a: make_tiny_model(folder / a, architecture=a, tie=a == "llama") for a in ARCHITECTURES}
+
+
+def in_process(device: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+    """fn(device, *arguments) in a process of its own; for device = cpu one that sees no GPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    seen = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    with mock.patch.dict(os.environ, rendezvous | seen):
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with pool:
+            return pool.submit(fn, device, *arguments).result()
+
+
+def make(device: str, path: Path, *, step: dict[str, Any] | None = None, **policy: Any) -> Any:
+    close_mesh()
+    gc.collect()
+    return make_step(make_policy(path, rank=0, world_size=1, device=device, **policy), **(step or {}))
+
+
+def _numbers(device: str, models: dict[str, Path], step: dict[str, Any], policy: dict[str, Any]) -> dict[str, Numbers]:
+    """{architecture: numbers of two updates}."""
+    found = {}
+    for name, path in models.items():
+        trainer = make(device, path, step=step, **policy)
+        statistics = trainer.token_statistics(random_rows(), temperatures=TEMPERATURES)
+        metrics = [trainer.update(random_rows(seed=seed), entropy_coefficient=0.1) for seed in (0, 1)]
+        gradients = {"+".join(e.hf_names): p.main_grad.float().cpu().clone() for e, p in trainer.policy.entries()}
+        found[name] = Numbers(statistics, metrics, gradients, _weights(trainer))
+    return found
+
+
+def _weights(trainer: Any) -> dict[str, Tensor]:
+    return {name: value.float().cpu().clone() for name, value in hf_tensors(trainer.policy)}
+
+
+def layers_here() -> list[str]:
+    from dcpo_openrlhf.megatron.model import _has_transformer_engine
+
+    return ["local", "transformer_engine"] if _has_transformer_engine() else ["local"]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(models: dict[str, Path]) -> dict[str, Numbers]:
+    """What the CPU's tests hold to every mesh, in fp32."""
+    return in_process("cpu", _numbers, models, {}, {})
+
+
+@pytest.mark.parametrize("step", [{"micro_batch_size": 2}, {"micro_batch_tokens": 60}], ids=["rows", "packed"])
+def test_fp32_update_equals_that_of_the_cpu(models: dict[str, Path], on_cpu: dict[str, Numbers], step: dict) -> None:
+    found = in_process("cuda", _numbers, models, step, {"layers": "local"})
+    for name, wanted in on_cpu.items():
+        for key, value in wanted.statistics.items():
+            torch.testing.assert_close(found[name].statistics[key], value, atol=1e-4, rtol=1e-4, msg=f"{name} {key}")
+        for seen, metrics in zip(found[name].metrics, wanted.metrics, strict=True):
+            assert seen == pytest.approx(metrics, rel=1e-4, abs=1e-5), name
+        for key, value in wanted.weights.items():
+            torch.testing.assert_close(found[name].weights[key], value, atol=1e-4, rtol=1e-4, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_bf16_gradient_points_where_that_of_the_cpu_does(
+    models: dict[str, Path], on_cpu: dict[str, Numbers], layers: str, recompute: str
+) -> None:
+    if layers not in layers_here():
+        pytest.skip("needs Transformer Engine")
+    policy = {"layers": layers, "dtype": "bf16", "recompute": recompute}
+    found = in_process("cuda", _numbers, models, {"micro_batch_tokens": 60}, policy)
+    for name, wanted in on_cpu.items():
+        seen = found[name]
+        for key, value in wanted.statistics.items():
+            assert (seen.statistics[key] - value).abs().mean() < 0.03, f"{name} {key}"
+        for numbers, metrics in zip(seen.metrics, wanted.metrics, strict=True):
+            assert numbers["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=0.05), name
+        for key, value in wanted.gradients.items():
+            cosine = torch.cosine_similarity(seen.gradients[key].flatten(), value.flatten(), dim=0)
+            assert cosine > 0.9, f"{name} {key}"
+
+
+def _saved_and_resumed(device: str, path: Path, folder: Path) -> Any:
+    trainer = make(device, path, dtype="bf16")
+    trainer.update(random_rows(seed=0))
+    checkpoint = PolicyCheckpoint(trainer)
+    checkpoint.save(folder)
+    through = trainer.update(random_rows(seed=1)), _weights(trainer)  # while the thread writes
+    checkpoint.finish()
+    trainer = make(device, path, dtype="bf16")
+    PolicyCheckpoint(trainer).load(folder)
+    return through, (trainer.update(random_rows(seed=1)), _weights(trainer))
+
+
+def test_resumed_update_is_that_of_the_run_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
+    (metrics, weights), (resumed, same) = in_process("cuda", _saved_and_resumed, models["qwen2"], tmp_path)
+    assert resumed == metrics
+    assert all(torch.equal(same[key], value) for key, value in weights.items())
+
+
+def _away_and_back(device: str, path: Path) -> Any:
+    from dcpo_openrlhf.megatron.memory import Offload
+
+    trainer = make(device, path, dtype="bf16")
+    trainer.update(random_rows(seed=0))
+    offload, held = Offload(trainer), []
+    for move in (lambda: None, offload.away, offload.back):
+        move()
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    moved = trainer.update(random_rows(seed=1)), _weights(trainer)
+    trainer = make(device, path, dtype="bf16")
+    trainer.update(random_rows(seed=0))
+    return held, moved, (trainer.update(random_rows(seed=1)), _weights(trainer))
+
+
+def test_policy_in_host_memory_leaves_the_device_and_comes_back_the_same(models: dict[str, Path]) -> None:
+    (before, away, back), (metrics, weights), (stayed, same) = in_process("cuda", _away_and_back, models["llama"])
+    assert back == before
+    assert away < before / 4
+    assert metrics == stayed
+    assert all(torch.equal(same[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_offloaded_optimizer_makes_the_same_update(models: dict[str, Path], share: float) -> None:
+    if "transformer_engine" not in layers_here():
+        pytest.skip("megatron-core offloads with Transformer Engine's Adam alone")
+    one = {"llama": models["llama"]}
+    policy = {"layers": "local", "dtype": "bf16"}
+    stayed, moved = (in_process("cuda", _numbers, one, {"cpu_offload": s}, policy)["llama"] for s in (0.0, share))
+    for seen, metrics in zip(moved.metrics, stayed.metrics, strict=True):
+        assert seen == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    for key, value in stayed.weights.items():
+        torch.testing.assert_close(moved.weights[key], value, atol=1e-3, rtol=1e-2, msg=key)
+
+
+def _token_statistics(device: str, vocab_size: int) -> Any:
+    g = torch.Generator(device).manual_seed(0)
+    logits = (4 * torch.randn(300, vocab_size, generator=g, device=device)).bfloat16()
+    targets = torch.randint(vocab_size, (300,), generator=g, device=device)
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    stats = token_stats(leaf, targets, vocab_size=vocab_size, temperatures=TEMPERATURES, entropy_grad=True)
+    logp = exact.log_softmax(-1)
+    chosen, entropy = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    tempered = [(exact / t).log_softmax(-1).gather(1, targets[:, None]) for t in TEMPERATURES]
+    (stats.logp + stats.entropy).sum().backward()
+    (chosen + entropy).sum().backward()
+    pairs = [(stats.logp, chosen), (stats.entropy, entropy), (stats.tempered_logp, torch.cat(tempered, 1))]
+    grads = [t.grad.double().cpu() for t in (leaf, exact) if t.grad is not None]
+    return [(a.detach().double().cpu(), b.detach().cpu()) for a, b in pairs], grads
+
+
+def test_token_statistics_are_those_of_float64() -> None:
+    pairs, (gradient, exact) = in_process("cuda", _token_statistics, 151936)
+    for value, wanted in pairs:
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(gradient, exact, atol=1e-2, rtol=1e-2)
+
+
+def _peak(device: str, path: Path, layers: str, recompute: str, tokens: int) -> tuple[float, str]:
+    """Bytes that one update of full rows holds at most, over those that memory.py expects without its reserve."""
+    from dcpo_openrlhf import memory
+    from dcpo_openrlhf.config import load_recipe
+    from dcpo_openrlhf.megatron.batch import Rows
+
+    root = Path(__file__).parents[2]
+    overrides = [f"model.path={path}", f"model.layers={layers}", f"train.recompute={recompute}"]
+    overrides += ["parallel.devices_per_node=1", "parallel.tensor=1", "parallel.sequence_parallel=false"]
+    overrides += ["rollout.engines=1", "rollout.tensor_parallel=1", f"train.micro_batch_tokens={tokens}"]
+    recipe = load_recipe(root / "recipes" / "dcpo-qwen2.5-math-7b-8xa800.yaml", overrides)
+    sizes = memory.Sizes.of(json.loads((path / "config.json").read_text()))
+    expected = memory.trainer_memory(sizes, recipe)
+    time = 1024
+    attention = torch.ones(tokens // time, time, dtype=torch.bool)
+    sequences = torch.randint(0, sizes.vocab, attention.shape)
+    logp = torch.full((len(attention), time - 1), -5.0)
+    rows = Rows(sequences, attention, attention[:, 1:], logp, (torch.randn(len(logp), 1).expand_as(logp).contiguous(),))
+    trainer = make(device, path, step={"micro_batch_tokens": tokens}, dtype="bf16", layers=layers, recompute=recompute)
+    trainer.update(rows)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.update(rows)
+    peak = torch.cuda.max_memory_allocated()
+    wanted = expected.total - memory.RESERVE["cuda"]
+    return peak / wanted, f"{layers}, recompute {recompute}: {peak / 2**30:.2f} GiB, expected {wanted / 2**30:.2f}"
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the shape of Qwen2.5-0.5B with a quarter of its layers."""
+    shape = {"hidden": 896, "layers": 6, "heads": 14, "kv_heads": 2, "ffn": 4864, "tie": True}
+    folder = tmp_path_factory.mktemp("wide")
+    return make_tiny_model(folder, architecture="qwen2", dtype="bfloat16", vocab_size=151936, **shape)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_peak_memory_is_the_estimated_one(wide_model: Path, layers: str, recompute: str) -> None:
+    if layers not in layers_here():
+        pytest.skip("needs Transformer Engine")
+    ratio, said = in_process("cuda", _peak, wide_model, layers, recompute, 8192)
+    assert 0.8 < ratio < 1.2, said
