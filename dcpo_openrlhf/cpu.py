@@ -93,7 +93,7 @@ def install() -> None:
 def _patch_megatron() -> None:
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     from dcpo_openrlhf.megatron.fused import packed_rotary
 
@@ -101,8 +101,6 @@ def _patch_megatron() -> None:
     # activation recomputation keeps the generator's state in a way of its own; the CPU generator's is kept beside it
     random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # type: ignore[assignment]
     random._set_cuda_rng_state = lambda *_, **__: None
-    # without Transformer Engine the name is missing, where the router asks whether it is None
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # type: ignore[attr-defined]
     # counts of tokens become numbers for the collective on their way from the GPU: here they take no way
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
