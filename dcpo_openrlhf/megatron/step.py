@@ -22,9 +22,6 @@ from dcpo_openrlhf.megatron.batch import Layout, Packed, Rows, micro_batches
 from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.megatron.model import Policy
 
-_NOTHING = torch.zeros(()), torch.zeros((), dtype=torch.int), {}
-"""What a pass without a loss returns: loss sum, count, sums to log."""
-
 
 class PolicyStep:
     """The model with megatron-core's DDP, distributed optimizer and learning-rate schedule, and two passes over it."""
@@ -77,7 +74,7 @@ class PolicyStep:
                 tp_group=tensor_group(),
                 vocab_size=self.policy.shape.vocab_size,
             )
-            return _NOTHING
+            return _no_loss(logits.device)
 
         self._forward_only(rows, collect)
         return {name: self._over_context(values) for name, values in out.items()}
@@ -110,7 +107,7 @@ class PolicyStep:
         dist.all_gather(shards, logits.contiguous(), group=group)
         best = torch.cat(shards, -1)[:, : self.policy.shape.vocab_size].argmax(-1)
         chosen[packed.actions // time] = best.cpu()  # one action a row
-        return _NOTHING
+        return _no_loss(logits.device)
 
     def _forward_only(self, rows: Rows, collect: Any) -> None:
         for model in self.models:
@@ -204,6 +201,11 @@ class PolicyStep:
             # the output layer sums the gradient over the tensor ranks; each takes its part of the sequence back
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return (hidden.index_select(0, self._selected), *inputs[1:])
+
+
+def _no_loss(device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What a pass without a loss returns: loss sum, count, sums to log."""
+    return torch.zeros((), device=device), torch.zeros((), dtype=torch.int, device=device), {}
 
 
 def _sequence_params(packed: Packed, device: torch.device) -> PackedSeqParams:

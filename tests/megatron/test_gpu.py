@@ -122,7 +122,7 @@ def test_bf16_gradient_points_where_that_of_the_cpu_does(
         for key, value in wanted.statistics.items():
             assert (seen.statistics[key] - value).abs().mean() < 0.03, f"{name} {key}"
         for numbers, metrics in zip(seen.metrics, wanted.metrics, strict=True):
-            assert numbers["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=0.05), name
+            assert numbers["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=0.1), name
         for key, value in wanted.gradients.items():
             cosine = torch.cosine_similarity(seen.gradients[key].flatten(), value.flatten(), dim=0)
             assert cosine > 0.9, f"{name} {key}"
