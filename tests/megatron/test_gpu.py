@@ -28,6 +28,9 @@ pytestmark = [
 ]
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 TEMPERATURES = [0.8, 1.2]
+# what the CPU's own bf16 keeps of its fp32 on these models, with a little room
+BF16_MEAN, BF16_NORM, BF16_COSINE = 0.03, 0.1, 0.9
+"""Mean difference of a statistic [nats], relative one of the gradient's norm, cosine of a parameter's gradient."""
 
 
 class Numbers(NamedTuple):
@@ -120,12 +123,12 @@ def test_bf16_gradient_points_where_that_of_the_cpu_does(
     for name, wanted in on_cpu.items():
         seen = found[name]
         for key, value in wanted.statistics.items():
-            assert (seen.statistics[key] - value).abs().mean() < 0.03, f"{name} {key}"
+            assert (seen.statistics[key] - value).abs().mean() < BF16_MEAN, f"{name} {key}"
         for numbers, metrics in zip(seen.metrics, wanted.metrics, strict=True):
-            assert numbers["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=0.1), name
+            assert numbers["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=BF16_NORM), name
         for key, value in wanted.gradients.items():
             cosine = torch.cosine_similarity(seen.gradients[key].flatten(), value.flatten(), dim=0)
-            assert cosine > 0.9, f"{name} {key}"
+            assert cosine > BF16_COSINE, f"{name} {key}"
 
 
 def _saved_and_resumed(device: str, path: Path, folder: Path) -> Any:
@@ -182,7 +185,7 @@ def test_offloaded_optimizer_makes_the_same_update(models: dict[str, Path], shar
     for seen, metrics in zip(moved.metrics, stayed.metrics, strict=True):
         assert seen == pytest.approx(metrics, rel=1e-3, abs=1e-5)
     for key, value in stayed.weights.items():
-        torch.testing.assert_close(moved.weights[key], value, atol=1e-3, rtol=1e-2, msg=key)
+        torch.testing.assert_close(moved.weights[key], value, atol=1e-3, rtol=1e-2, msg=key)  # bf16, rounded once
 
 
 def _token_statistics(device: str, vocab_size: int) -> Any:
@@ -205,7 +208,7 @@ def test_token_statistics_are_those_of_float64() -> None:
     pairs, (gradient, exact) = in_process("cuda", _token_statistics, 151936)
     for value, wanted in pairs:
         torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(gradient, exact, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(gradient, exact, atol=1e-2, rtol=1e-2)  # the logits' gradient is bf16 as they are
 
 
 def _peak(device: str, path: Path, layers: str, recompute: str, tokens: int) -> tuple[float, str]:
