@@ -34,10 +34,8 @@ class PolicyActor(BaseModelActor):
     step: Any
     """PolicyStep or ZeroStep."""
 
-    def init_model_from_pretrained(
-        self, strategy: RecipeStrategy, pretrain: str, max_steps: int, vllm_engines: Sequence[Any]
-    ) -> int:
-        """Build this rank's model, optimizer and weight sync; returns its data-parallel rank."""
+    def init_model_from_pretrained(self, strategy: RecipeStrategy, pretrain: str, max_steps: int) -> int:
+        """Build this rank's model and optimizer; returns its data-parallel rank."""
         recipe = strategy.recipe
         self.strategy = strategy
         self.strategy.rank = self._rank
@@ -57,8 +55,6 @@ class PolicyActor(BaseModelActor):
         self.mesh = self.step.mesh
         self._updates: list[Rows] = []
         self.weight_sync: Any = None
-        if vllm_engines:  # a replay has none
-            self._connect(recipe, vllm_engines)
         return self.mesh.data_rank
 
     def _build(self, recipe: Recipe) -> tuple[type, Any]:
@@ -73,10 +69,12 @@ class PolicyActor(BaseModelActor):
         """Full Hugging Face tensors, one at a time; a collective of all ranks."""
         raise NotImplementedError
 
-    def _connect(self, recipe: Recipe, engines: Sequence[Any]) -> None:
+    def connect(self, engines: Sequence[Any]) -> None:
+        """Let the weights of this rank's policy reach the engines, which are ready."""
         from dcpo_openrlhf import weight_sync
         from dcpo_openrlhf.weight_sync.source import LiveWeights
 
+        recipe: Recipe = self.strategy.recipe
         self.weight_sync = weight_sync.connect(
             transport=recipe.transport,
             rank=self._rank,
@@ -286,12 +284,20 @@ class PolicyActorGroup(RayActorGroup):
     """OpenRLHF's actor group; it deals rows by data-parallel rank, of which a place in the list says nothing."""
 
     data_ranks: list[int]
-    """Data-parallel rank of each actor; set by `init`."""
+    """Data-parallel rank of each actor; set by `finish_init`."""
 
-    def init(self, strategy: RecipeStrategy, max_steps: int, engines: Sequence[Any], *, timeout: float) -> None:
-        """Build the model on every actor. Raises ray.exceptions.GetTimeoutError after `timeout` seconds."""
-        refs = self.async_init_model_from_pretrained(strategy, str(strategy.recipe.model.path), max_steps, engines)
-        self.data_ranks = ray.get(refs, timeout=timeout)
+    def begin_init(self, strategy: RecipeStrategy, max_steps: int) -> None:
+        """Let every actor build its model in the background; `finish_init` waits for it."""
+        self._building = self.async_init_model_from_pretrained(strategy, str(strategy.recipe.model.path), max_steps)
+
+    def finish_init(self, engines: Sequence[Any], *, timeout: float) -> None:
+        """Return when every model is built and connected to the engines, which are ready; a replay has none.
+
+        Raises ray.exceptions.GetTimeoutError after `timeout` seconds.
+        """
+        self.data_ranks = ray.get(self._building, timeout=timeout)
+        if engines:
+            ray.get(self.async_run_method("connect", engines), timeout=timeout)
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[ray.ObjectRef]:
         """Each item of each list is one mini-batch of rows, dealt over the data ranks; one ref an actor."""

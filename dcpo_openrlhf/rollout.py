@@ -65,9 +65,7 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
     ):
         os.environ.update(env or {})
         if cpu_share is not None:
-            # Ray sets OMP_NUM_THREADS to the actor's CPUs; with a binding vLLM sets its own.
-            binding = thread_binding(sorted(os.sched_getaffinity(0)), **cpu_share)
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = binding
+            os.environ |= omp_env(thread_binding(sorted(os.sched_getaffinity(0)), **cpu_share))
         os.environ[ACTOR_PID] = str(os.getpid())
         register()
         self._update_open = False
@@ -247,6 +245,23 @@ def thread_binding(cores: Sequence[int], *, threads: int | None, workers: int, e
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
+def omp_env(binding: str) -> dict[str, str]:
+    """Environment that lets an engine's workers compute on the cores of `binding`, whatever Ray set before.
+
+    Several workers are processes of their own, for which vLLM sets OpenMP up. A single one is vLLM's engine process
+    itself, which saves the start of another: there vLLM leaves OpenMP to us.
+    """
+    if "|" in binding:
+        return {"VLLM_CPU_OMP_THREADS_BIND": binding}
+    cores = binding.split(",")
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # read for this alone: the engine process of an AsyncLLM stays
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(len(cores)),
+        "GOMP_CPU_AFFINITY": " ".join(cores),
+    }
+
+
 def create_rollout_engines(
     *,
     count: int,
@@ -343,9 +358,8 @@ def _device_kwargs(
     block_size: int | None,
 ) -> dict[str, Any]:
     if device == "cpu":
-        # "uni" stalls under Ray on CPU; the workers are processes of the actor's own host.
         return {
-            "distributed_executor_backend": "mp",
+            "distributed_executor_backend": "uni" if tensor_parallel == 1 else "mp",
             "block_size": block_size or CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": int(cpu_kv_cache_gb * 2**30),
             # After a part of a prompt vLLM rewinds the request's generator, which CPU generators cannot do.

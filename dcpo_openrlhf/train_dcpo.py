@@ -5,10 +5,12 @@ python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -83,9 +85,9 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
         prompts.load_state_dict(point.state()["prompts"])
     checkpoint.prepare_run_folder(recipe, point)
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
-        _join_ray(recipe, stack)
+        with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.actor"):
+            _join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
-        # these import ray, vllm and megatron: seconds that bad input should not cost
         from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
         from dcpo_openrlhf.rewards import GraderPool
         from dcpo_openrlhf.trainer import DCPOTrainer
@@ -178,6 +180,21 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
     return tasks.PromptStream(train, prompts=train_texts, seed=recipe.run.seed), heldout_prompts
 
 
+@contextlib.contextmanager
+def _importing(*modules: str) -> Iterator[None]:
+    """Import the modules while the block waits for other processes: seconds that bad input should not cost."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # told where they are imported in earnest
+            for module in modules:
+                importlib.import_module(module)
+
+    thread = threading.Thread(target=load, name="importing", daemon=True)
+    thread.start()
+    yield
+    thread.join()
+
+
 def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     """Connect to the announced cluster, or start a local one that ends with the run; refuse one that is too small."""
     import ray
@@ -220,12 +237,14 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
         stack.callback(_kill, group)
     ranks = p.world_size if group else 0
     logger.info("starting %d rollout engines and %d policy ranks", len(engines), ranks)
-    wait_until_ready(engines, recipe.run.startup_timeout)
-    if shared:  # the policy needs the memory to be built
+    if shared:  # one after the other: each needs the device's memory to be built
+        wait_until_ready(engines, recipe.run.startup_timeout)
         ray.get([engine.sleep.remote() for engine in engines])
     if group is not None:
-        updates = recipe.train.steps * recipe.updates_per_step
-        group.init(strategy, updates, engines, timeout=recipe.run.startup_timeout)
+        group.begin_init(strategy, recipe.train.steps * recipe.updates_per_step)
+    wait_until_ready(engines, recipe.run.startup_timeout)
+    if group is not None:
+        group.finish_init(engines, timeout=recipe.run.startup_timeout)
     logger.info(
         "engines and policy are ready after %.0f s (%s)",
         time.monotonic() - begin,

@@ -46,8 +46,9 @@ def stack(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
         cpu_kv_cache_gb=0.1,
     )
     group = PolicyActorGroup(1, 2, MegatronActor)
+    group.begin_init(RecipeStrategy(recipe), 1)
     wait_until_ready(engines, 300)
-    group.init(RecipeStrategy(recipe), 1, engines, timeout=300)
+    group.finish_init(engines, timeout=300)
     yield group, engines
     shutdown_engines(engines)
     ray.shutdown()

@@ -44,7 +44,9 @@ CLUSTER_ENV = {
     "RAY_agent_register_timeout_ms": "300000",
 }
 OBJECT_STORE_BYTES = 10**9
-SETTLE_S = 3.0
+SETTLE_S = 1.2
+"""`ray start` looks at its servers once a second."""
+RETRY_S = 0.25
 START_ATTEMPTS = 3
 
 
@@ -160,7 +162,7 @@ def until_it_works(call: Callable[[], T], cluster: Cluster, timeout: float) -> T
         except Exception as error:
             ended = cluster.head.poll()
             if ended is None and time.monotonic() < deadline:
-                time.sleep(1.0)
+                time.sleep(RETRY_S)
                 continue
             state = f"ended with status {ended}" if ended is not None else f"did not answer for {timeout:.0f} s"
             log = tail(cluster.folder / "start.log")
