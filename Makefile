@@ -1,14 +1,13 @@
 # make setup   build .venv from the CPU lock file        make check   format, lint, types
 # make demo    train SmolLM2-135M with DCPO, here        make bench   BENCH=token_stats: a benchmark in tools/bench
 # make test    the test suite                            make lock    resolve both lock files again
-# Variables: PYTHON=python3.11, TORCH_INDEX=URL of the index that holds torch's CPU wheels, ARGS=more arguments of the command.
+# Variables: PYTHON=/path/to/python3.11, TORCH_INDEX=URL of another index of torch's CPU wheels, ARGS=more arguments of the command.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench lock clean
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-TORCH_INDEX ?=
+PYTHON ?=
 ARGS ?=
 BENCH ?= token_stats
 BIN := .venv/bin
@@ -26,9 +25,15 @@ endif
 ifneq ($(PIP_CERT),)
 export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
+# The CPU build of torch is not on PyPI. Where no place of wheels is announced, it comes from torch's own public index.
+ANNOUNCED := $(strip $(PIP_FIND_LINKS) $(UV_FIND_LINKS) $(PIP_EXTRA_INDEX_URL) $(UV_EXTRA_INDEX_URL) $(UV_INDEX))
+TORCH_INDEX ?= $(if $(ANNOUNCED),,https://download.pytorch.org/whl/cpu)
+ifneq ($(PIP_EXTRA_INDEX_URL),)
+export UV_EXTRA_INDEX_URL ?= $(PIP_EXTRA_INDEX_URL)
+endif
 # Every version is pinned, so the best match over all indexes is the same package wherever it is found.
-UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps \
-  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --index-strategy unsafe-best-match \
+  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # Nothing here talks to a model hub or reports usage. Threads that wait must not spin: the cores are shared.
 RUN_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
@@ -40,14 +45,11 @@ help:
 setup: $(STAMP)
 
 $(STAMP): $(CPU_LOCK) pyproject.toml
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "setup needs Python 3.11, found '$(PYTHON)' ($$("$(PYTHON)" --version 2>&1)); install it or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@cache="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || \
 	  { echo "setup needs a writable cache folder, found '$$cache' (HOME='$$HOME'); set HOME or XDG_CACHE_HOME to a folder you may write" >&2; exit 1; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet "$$(grep '^uv==' $(CPU_LOCK))"
+	test -x $(BIN)/uv || tools/venv.sh .venv "$$(grep '^uv==' $(CPU_LOCK))" "$(PYTHON)"
 	DS_BUILD_OPS=0 $(UV_INSTALL) -r $(CPU_LOCK) || \
-	  { echo "If torch==...+cpu was not found: make setup TORCH_INDEX=URL, with the index of torch's CPU wheels (see README)" >&2; exit 1; }
+	  { echo "setup looked for torch's CPU build in: $(or $(TORCH_INDEX),$(ANNOUNCED)). If that is what failed: name another index with TORCH_INDEX=URL, or a folder of wheels with UV_FIND_LINKS" >&2; exit 1; }
 	$(UV_INSTALL) --no-build-isolation --editable .
 	@echo "compiling the packages' bytecode once (every process of a run imports them)"
 	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true  # templates among them do not compile
@@ -72,7 +74,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --python-vers
   --python-platform x86_64-manylinux_2_28 $(if $(UPGRADE),--upgrade)
 lock: setup
 	$(LOCK) --extra cpu --extra dev --excludes docker/excludes-cpu.txt -o $(CPU_LOCK) \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
+	  --index-strategy unsafe-best-match $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --custom-compile-command "make lock  (CPU, Linux x86_64, Python 3.11; the tested set)" > /dev/null
 	env -u UV_FIND_LINKS $(LOCK) --extra gpu --extra te --extra dev -o $(GPU_LOCK) \
 	  --custom-compile-command "make lock  (CUDA 13, Linux x86_64, Python 3.11; resolved only, NOT RUN by us yet)" > /dev/null

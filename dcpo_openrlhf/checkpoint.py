@@ -223,13 +223,9 @@ def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
 
     Raises RecipeError for a named checkpoint that is damaged, or a recipe that would continue another run.
     """
-    resume = recipe.checkpoint.resume
-    if resume == "never":
+    if recipe.checkpoint.resume == "never":
         return None
-    if resume == "auto":
-        found = newest_whole(recipe.run.dir / "checkpoints", quick=quick)
-    else:
-        found = _named(Path(resume), quick)
+    found = _found(recipe, quick=quick)
     if found is None:
         return None
     refused, tolerated = differences(found.state()["recipe"], recipe)
@@ -248,6 +244,25 @@ def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
         for line in tolerated:
             logger.info("  differs from the checkpoint: %s", line)
     return found
+
+
+def keep_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with the checkpoint's model.dtype where it resumes one and left the choice to the machine (auto)."""
+    if not recipe.chose_dtype or recipe.checkpoint.resume == "never":
+        return recipe
+    try:
+        found = _found(recipe, quick=True)
+    except RecipeError:  # told by the preflight
+        return recipe
+    return recipe if found is None else recipe.with_dtype(found.state()["recipe"]["model"]["dtype"])
+
+
+def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` names; RecipeError for one that is damaged."""
+    resume = recipe.checkpoint.resume
+    if resume == "auto":
+        return newest_whole(recipe.run.dir / "checkpoints", quick=quick)
+    return _named(Path(resume), quick)
 
 
 def _named(path: Path, quick: bool) -> Checkpoint:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dcpo_openrlhf.processor import native_dtype
+
 Expanded = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path)).expanduser())]
 """A path in which ~ and $VARIABLES are filled in."""
 Positive = Annotated[int, Field(gt=0)]
@@ -47,8 +49,9 @@ class Run(Section):
 class Model(Section):
     path: Expanded
     """Hugging Face model folder (config.json, safetensors, tokenizer)."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Working weights. bf16 keeps fp32 main weights in the optimizer."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Working weights. bf16 keeps fp32 main weights in the optimizer. auto: bf16 on cuda and on a CPU that multiplies it
+    natively (AVX512-BF16, AMX), else fp32; a resumed run keeps its checkpoint's."""
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation of megatron; auto takes Transformer Engine on cuda where it is installed."""
     vocab_multiple: Positive = 128
@@ -359,6 +362,24 @@ class Recipe(Section):
     @property
     def updates_per_step(self) -> int:
         return self.train.prompts_per_step // self.train.prompts_per_update
+
+    @property
+    def chose_dtype(self) -> bool:
+        """model.dtype was left to this machine, so that another one may have chosen otherwise."""
+        return "dtype" not in self.model.model_fields_set
+
+    def with_dtype(self, dtype: str) -> "Recipe":
+        """The recipe with what `model.dtype: auto` is to mean."""
+        model = self.model.model_copy(update={"dtype": dtype})
+        model.model_fields_set.discard("dtype")  # chosen, not given
+        return self.model_copy(update={"model": model})
+
+    @model_validator(mode="after")
+    def _resolve_dtype(self) -> "Recipe":
+        if self.model.dtype == "auto":
+            chosen = self.with_dtype(native_dtype(self.run.device))
+            object.__setattr__(self, "model", chosen.model)  # frozen for everyone else
+        return self
 
     @model_validator(mode="after")
     def _cross_field_rules(self) -> "Recipe":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dcpo_openrlhf import checkpoint, memory
+from dcpo_openrlhf import checkpoint, memory, processor
 from dcpo_openrlhf.config import Recipe, RecipeError
 from dcpo_openrlhf.megatron.names import ARCHITECTURES, ROPE_TYPES
 from dcpo_openrlhf.objectives import METHODS
@@ -103,6 +103,11 @@ def packages() -> str:
 def hints(recipe: Recipe) -> list[str]:
     """What is no violation and yet worth a look."""
     said = []
+    if recipe.run.device == "cpu" and recipe.model.dtype == "bf16" and not processor.multiplies_bf16():
+        said.append(
+            f"model.dtype = bf16 on a processor without bf16 units: bf16 multiplies {processor.bf16_slowdown():.2g} x "
+            "slower than fp32 here; leave model.dtype at auto, which takes fp32, or run where AVX512-BF16 or AMX is"
+        )
     if recipe.parallel.nodes > 1:
         folders = [recipe.run.dir, recipe.model.path, *([recipe.task.train] if recipe.task.train else [])]
         local = [f"{folder} ({kind})" for folder in folders if (kind := _file_system(folder)) in LOCAL_FILE_SYSTEMS]

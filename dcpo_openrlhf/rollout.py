@@ -229,7 +229,15 @@ def _response(prompt: str, label: str, prompt_ids: list[int], sample: Any, versi
 
 
 def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """vLLM's processes. Not multiprocessing's resource tracker, which ends with the actor and not before."""
+    return [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(_cmdline(p))]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def thread_binding(cores: Sequence[int], *, threads: int | None, workers: int, engine: int, engines: int) -> str:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     log_to(sys.stdout)
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = checkpoint.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
             if not lacking:

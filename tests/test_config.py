@@ -364,7 +364,7 @@ def test_recipe_is_frozen(tmp_path: Path) -> None:
         ([], "nccl", "bfloat16"),
         (["weight_sync.transport=ipc", "rollout.dtype=float32"], "ipc", "float32"),
         (["run.device=cpu", "model.dtype=fp32"], "shared_memory", "float32"),
-        (["run.device=cpu", "parallel.nodes=2"], "gloo", "bfloat16"),
+        (["run.device=cpu", "parallel.nodes=2", "model.dtype=bf16"], "gloo", "bfloat16"),
     ],
 )
 def test_auto_follows_device_nodes_and_model(overrides: list[str], transport: str, dtype: str, tmp_path: Path) -> None:

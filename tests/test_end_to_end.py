@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.test_processor import AVX2
 from tests.tiny import make_biased_model
 
 MARK = "DCPO_TEST_MARK"
@@ -47,7 +48,7 @@ METRICS = [
 class Run:
     """A `train_dcpo` process whose descendants can be found by a mark in their environment."""
 
-    def __init__(self, folder: Path, model: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, model: Path, *overrides: str, environment: dict[str, str] | None = None) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
         recipe, data = folder.with_suffix(".yaml"), folder.with_suffix(".jsonl")
         rows = [
@@ -68,11 +69,15 @@ class Run:
             evaluation: {{problems: 4}}
             """
         )
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")} | {MARK: self.mark}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
         self.log = folder.with_suffix(".log")
         command = [sys.executable, "-m", "dcpo_openrlhf.train_dcpo", "--recipe", str(recipe), *overrides]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=inherited | {MARK: self.mark} | (environment or {}),
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
         )
 
     def wait(self, seconds: float) -> int:
@@ -138,6 +143,14 @@ def test_colocated_run_on_two_pipeline_stages(tmp_path: Path, model: Path) -> No
     assert run.wait(600) == 0, run.log.read_text()[-3000:]
     for m in run.metrics():
         assert m["mismatch/prob_diff_mean"] < 1e-4 and m["policy/grad_norm"] > 0
+
+
+def test_a_processor_with_avx2_alone_trains_and_generates_in_fp32(tmp_path: Path, model: Path) -> None:
+    run = Run(tmp_path / "run", model, "train.steps=1", "model.dtype=auto", "evaluation.problems=0", environment=AVX2)
+    assert run.wait(600) == 0, run.log.read_text()[-3000:]
+    assert "  dtype: fp32" in (run.folder / "recipe.yaml").read_text()
+    (m,) = run.metrics()
+    assert m["mismatch/prob_diff_mean"] < 1e-4 and m["policy/grad_norm"] > 0
 
 
 def test_nothing_is_left_after_the_end(finished: Run) -> None:

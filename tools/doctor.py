@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dcpo_openrlhf import preflight
+from dcpo_openrlhf import checkpoint, preflight, processor
 from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe
 from dcpo_openrlhf.memory import GIB
 from dcpo_openrlhf.signals import Interrupted
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     log_to(sys.stderr)
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = checkpoint.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,7 +125,7 @@ def machine() -> str:
     parts = [
         f"{platform.system()} {platform.release()}",
         f"Python {platform.python_version()}",
-        f"{len(psutil.Process().cpu_affinity() or [])} cores",
+        f"{len(psutil.Process().cpu_affinity() or [])} cores {'with' if processor.multiplies_bf16() else 'without'} bf16 units",
         f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of memory free",
         f"{shutil.disk_usage(shared).free / GIB:.1f} GiB in {shared}",
         gpus(),
