@@ -50,8 +50,8 @@ class Model(Section):
     path: Expanded
     """Hugging Face model folder (config.json, safetensors, tokenizer)."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Working weights. bf16 keeps fp32 main weights in the optimizer. auto: bf16 on cuda and on a CPU that multiplies it
-    natively (AVX512-BF16, AMX), else fp32; a resumed run keeps its checkpoint's."""
+    """Working weights. bf16 keeps fp32 main weights in the optimizer. auto: bf16 on cuda and on a CPU that multiplies
+    it natively (AVX512-BF16, AMX), else fp32; a resumed run keeps its checkpoint's."""
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation of megatron; auto takes Transformer Engine on cuda where it is installed."""
     vocab_multiple: Positive = 128

@@ -46,7 +46,7 @@ OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 # level -> (operations, operands are below this bound)
 ARITHMETIC_LEVELS = {1: ("+", 16), 2: ("+", 50), 3: ("+", 100), 4: ("+-*", 100)}
 
-# Level 1 has 256 problems: about 100 of them tell an accuracy of 0.9 from one of 0.8, and the others are left to learn from.
+# Level 1 has 256 problems: about 100 of them tell an accuracy of 0.9 from one of 0.8, the others are to learn from.
 HELDOUT_SHARE = 0.41
 
 

@@ -1,4 +1,4 @@
-"""`make setup`: where torch's CPU build comes from, and which Python it takes; with stand-ins, so nothing is installed."""
+"""`make setup`: where torch's CPU build comes from, and which Python it takes; stand-ins, so nothing is installed."""
 
 import os
 import stat
@@ -57,8 +57,8 @@ def programs(tmp_path: Path) -> Path:
 
 def make_venv(programs: Path, *python: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "tools/venv.sh"), str(programs.parent / "venv"), "uv==1", *python]
-    return subprocess.run(command, env={"PATH": str(programs), "LOG": str(programs.parent / "log")}, capture_output=True,
-                          text=True)  # fmt: skip
+    environment = {"PATH": str(programs), "LOG": str(programs.parent / "log")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 SHIM = 'echo "pyenv: $0: command not found" >&2; exit 127'
@@ -67,7 +67,9 @@ OTHER = f'case "$*" in *version_info*) exit 1 ;; *) exec {sys.executable} "$@" ;
 FAKE_UV = """
 echo "uv $*" >> "$LOG"
 for folder; do :; done
-mkdir -p "$folder/bin"; printf '#!/bin/sh\\necho "venv $*" >> "$LOG"\\n' > "$folder/bin/python"; chmod +x "$folder/bin/python"
+mkdir -p "$folder/bin"
+printf '#!/bin/sh\\necho "venv $*" >> "$LOG"\\n' > "$folder/bin/python"
+chmod +x "$folder/bin/python"
 """
 
 

@@ -122,10 +122,11 @@ def before_start(recipe: Recipe, report: Report) -> None:
 
 def machine() -> str:
     memory, shared = psutil.virtual_memory(), "/dev/shm"
+    units = "with" if processor.multiplies_bf16() else "without"
     parts = [
         f"{platform.system()} {platform.release()}",
         f"Python {platform.python_version()}",
-        f"{len(psutil.Process().cpu_affinity() or [])} cores {'with' if processor.multiplies_bf16() else 'without'} bf16 units",
+        f"{len(psutil.Process().cpu_affinity() or [])} cores {units} bf16 units",
         f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of memory free",
         f"{shutil.disk_usage(shared).free / GIB:.1f} GiB in {shared}",
         gpus(),
