@@ -43,27 +43,25 @@ def _seeded_order(keys: Sequence[str], *, salt: str) -> list[int]:
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
-# level -> (operations, operands are below this bound)
-ARITHMETIC_LEVELS = {1: ("+", 16), 2: ("+", 50), 3: ("+", 100), 4: ("+-*", 100)}
-
+# level -> (operations, operands are below this bound, share of the unordered pairs that is held out)
 # Level 1 has 256 problems: about 100 of them tell an accuracy of 0.9 from one of 0.8, the others are to learn from.
-HELDOUT_SHARE = 0.41
+ARITHMETIC_LEVELS = {1: ("+", 16, 0.41), 2: ("+", 50, 0.22), 3: ("+", 100, 0.22), 4: ("+-*", 100, 0.22)}
 
 
 def arithmetic(*, level: int, split: Literal["train", "heldout"], seed: int) -> list[Problem]:
     """Every problem of one split of a level, in a seeded order, so that a prefix is a fair sample.
 
-    `a op b` and `b op a` fall into the same split; the two splits of one seed share no problem. The held-out split has
-    HELDOUT_SHARE of the unordered pairs. Raises TaskError for an unknown level or split.
+    `a op b` and `b op a` fall into the same split; the two splits of one seed share no problem. Raises TaskError for an
+    unknown level or split.
     """
     if level not in ARITHMETIC_LEVELS:
         raise TaskError(f"arithmetic level must be one of {sorted(ARITHMETIC_LEVELS)}, not {level!r}")
     if split not in ("train", "heldout"):
         raise TaskError(f'arithmetic split must be "train" or "heldout", not {split!r}')
-    operations, bound = ARITHMETIC_LEVELS[level]
+    operations, bound, heldout_share = ARITHMETIC_LEVELS[level]
     pairs = [(a, op, b) for op in operations for a in range(bound) for b in range(a, bound)]
     order = _seeded_order([f"{a}{op}{b}" for a, op, b in pairs], salt=f"arithmetic/{level}/{seed}")
-    cut = round(HELDOUT_SHARE * len(pairs))
+    cut = round(heldout_share * len(pairs))
     chosen = [pairs[i] for i in (order[:cut] if split == "heldout" else order[cut:])]
     ordered = [p for a, op, b in chosen for p in ([(a, op, b)] if a == b else [(a, op, b), (b, op, a)])]
     return [_arithmetic_problem(a, op, b, level=level) for a, op, b in ordered]
