@@ -187,7 +187,7 @@ def grade(response: str, answer: str, *, extractor: Extractor) -> float:
 
 # --- the pool --------------------------------------------------------------------------------------------------------
 
-START_LIMIT_S = 120.0  # importing sympy takes 3 s, much longer where all cores are busy
+START_LIMIT_S = 600.0  # importing sympy takes 3 s, much longer where all cores are busy
 READY, EQUAL, UNEQUAL = b"r", b"1", b"0"  # a worker's replies are single bytes: no partial reads
 
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dcpo_openrlhf import checkpoint, preflight, signals, tasks
+from dcpo_openrlhf import checkpoint, local_ray, preflight, signals, tasks
 from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe, resolved_yaml
 from dcpo_openrlhf.monitor_causes import MonitorStop
 from dcpo_openrlhf.signals import Interrupted
@@ -197,6 +197,7 @@ def _importing(*modules: str) -> Iterator[None]:
 
 def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     """Connect to the announced cluster, or start a local one that ends with the run; refuse one that is too small."""
+    local_ray.raise_bounds()  # before the import
     import ray
 
     address = recipe.run.ray_address or os.environ.get("RAY_ADDRESS")
@@ -209,7 +210,7 @@ def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
             os.environ.setdefault(name, value)
         if recipe.run.device == "cpu":
             options |= {"num_cpus": recipe.run.logical_devices, "num_gpus": recipe.run.logical_devices}
-        ray.init(include_dashboard=False, **options)
+        local_ray.start(include_dashboard=False, **options)
     stack.callback(ray.shutdown)
     resources = ray.cluster_resources()
     preflight.check_cluster(recipe, gpus=resources.get("GPU", 0), cpus=resources.get("CPU", 0))

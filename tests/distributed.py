@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from tests.bounds import HANG_S
+
 # A server process that has imported torch and started no thread is forked for every rank:
 # tens of milliseconds a rank instead of the seconds that a fresh interpreter takes.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -23,7 +25,7 @@ _GRACE_SECONDS = 2.0
 """After a first failure, time the other ranks get to report their own before they are killed."""
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = HANG_S) -> list[Any]:
     """[fn(rank, world_size, *args) for every rank], each in its own process inside one gloo process group.
 
     fn is a module-level function; args and results must pickle (tensors do). Raises RuntimeError with rank and

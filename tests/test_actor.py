@@ -1,12 +1,17 @@
 """Trainer (tp = 2) and engine hold the same policy: their greedy outputs are equal after a sync, and not before."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcpo_openrlhf import local_ray
 from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 
 QUESTIONS = [f"What is {a} + {b}?" for a, b in [(1, 2), (3, 9), (5, 5), (0, 7)]]
@@ -27,13 +32,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def stack(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
+def exits() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def stack(recipe: Recipe, exits: contextlib.ExitStack, tmp_path_factory: pytest.TempPathFactory):
     """(policy group, engines): the engine starts with the weights of another model."""
     from dcpo_openrlhf.actor import MegatronActor, PolicyActorGroup
     from dcpo_openrlhf.rollout import create_rollout_engines, shutdown_engines, wait_until_ready
 
     other = make_tiny_model(tmp_path_factory.mktemp("engine"), tie=False, seed=2)
-    ray.init(num_cpus=3, num_gpus=3, include_dashboard=False, log_to_driver=False)
+    exits.callback(ray.shutdown)
+    local_ray.start(num_cpus=3, num_gpus=3, include_dashboard=False, log_to_driver=False)
     engines = create_rollout_engines(
         count=1,
         tensor_parallel=1,
@@ -45,13 +57,12 @@ def stack(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory):
         transport=recipe.transport,
         cpu_kv_cache_gb=0.1,
     )
+    exits.callback(shutdown_engines, engines)
     group = PolicyActorGroup(1, 2, MegatronActor)
     group.begin_init(RecipeStrategy(recipe), 1)
-    wait_until_ready(engines, 300)
-    group.finish_init(engines, timeout=300)
-    yield group, engines
-    shutdown_engines(engines)
-    ray.shutdown()
+    wait_until_ready(engines, HANG_S)
+    group.finish_init(engines, timeout=HANG_S)
+    return group, engines
 
 
 def engine_greedy(recipe: Recipe, engines: list) -> list[list[int]]:

@@ -21,6 +21,7 @@ import yaml
 
 from dcpo_openrlhf import preflight
 from dcpo_openrlhf.config import load_recipe
+from tests.bounds import HANG_S
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -29,7 +30,7 @@ KUBERNETES = "1.33"
 
 
 def lint(*command: str | Path) -> None:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=HANG_S, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -182,7 +183,7 @@ def start_slurm_script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Pope
 def test_slurm_script_starts_head_then_workers_then_the_job(
     tmp_path: Path, start_slurm_script: Callable[..., subprocess.Popen]
 ) -> None:
-    assert start_slurm_script().wait(60) == 7, "the job's own status"
+    assert start_slurm_script().wait(HANG_S) == 7, "the job's own status"
     head, workers, submit = (tmp_path / "calls").read_text().splitlines()
     assert "--nodelist=one" in head and "--head" in head and "--port=23450" in head
     assert "--nodes=2" in workers and "--exclude=one" in workers and "--address=10.0.0.1:23450" in workers
@@ -194,10 +195,10 @@ def test_slurm_warning_stops_the_job_and_waits_for_it(
     tmp_path: Path, start_slurm_script: Callable[..., subprocess.Popen]
 ) -> None:
     script = start_slurm_script(ENDLESS="1")
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + HANG_S
     while "submit" not in (tmp_path / "calls").read_text():
         assert script.poll() is None and time.monotonic() < ends
         time.sleep(0.2)
     script.send_signal(signal.SIGTERM)
-    assert script.wait(30) == 7
+    assert script.wait(HANG_S) == 7
     assert (tmp_path / "calls").read_text().splitlines()[-1].endswith("dcpo-12345-0")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.bounds import ENDS_S, HANG_S
 from tests.test_processor import AVX2
 from tests.tiny import make_biased_model
 
@@ -80,14 +81,14 @@ class Run:
             stderr=subprocess.STDOUT,
         )
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = HANG_S) -> int:
         try:
             return self.process.wait(seconds)
         finally:
             self.process.kill()
 
-    def wait_for(self, text: str, seconds: float) -> None:
-        ends = time.monotonic() + seconds
+    def wait_for(self, text: str) -> None:
+        ends = time.monotonic() + HANG_S
         while text not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < ends, self.log.read_text()[-3000:]
             time.sleep(0.5)
@@ -117,7 +118,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("runs") / "first", model)
-    assert run.wait(600) == 0, run.log.read_text()[-5000:]
+    assert run.wait() == 0, run.log.read_text()[-5000:]
     return run
 
 
@@ -140,14 +141,14 @@ def test_run_folder_holds_metrics_samples_and_report(finished: Run) -> None:
 def test_colocated_run_on_two_pipeline_stages(tmp_path: Path, model: Path) -> None:
     mesh = ["parallel.tensor=1", "parallel.pipeline=2", "parallel.colocate=true", "run.logical_devices=2"]
     run = Run(tmp_path / "run", model, *mesh, "train.micro_batch_tokens=600")
-    assert run.wait(600) == 0, run.log.read_text()[-3000:]
+    assert run.wait() == 0, run.log.read_text()[-3000:]
     for m in run.metrics():
         assert m["mismatch/prob_diff_mean"] < 1e-4 and m["policy/grad_norm"] > 0
 
 
 def test_a_processor_with_avx2_alone_trains_and_generates_in_fp32(tmp_path: Path, model: Path) -> None:
     run = Run(tmp_path / "run", model, "train.steps=1", "model.dtype=auto", "evaluation.problems=0", environment=AVX2)
-    assert run.wait(600) == 0, run.log.read_text()[-3000:]
+    assert run.wait() == 0, run.log.read_text()[-3000:]
     assert "  dtype: fp32" in (run.folder / "recipe.yaml").read_text()
     (m,) = run.metrics()
     assert m["mismatch/prob_diff_mean"] < 1e-4 and m["policy/grad_norm"] > 0
@@ -177,20 +178,20 @@ if __name__ == "__main__":
     script = finished.folder / "load.py"
     script.write_text(code)
     out = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=finished.folder
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=HANG_S, cwd=finished.folder
     )
     assert "TOKENS" in out.stdout, out.stderr[-3000:]
 
 
 def test_same_seed_repeats_prompts_and_first_metrics_and_a_signal_ends_all(finished: Run, model: Path) -> None:
     again = Run(finished.folder.with_name("again"), model, "train.steps=50")
-    again.wait_for("step 1/50", 400)
-    asked = time.monotonic()
+    again.wait_for("step 1/50")
     again.process.send_signal(signal.SIGTERM)
-    assert again.wait(30) == 128 + signal.SIGTERM, again.log.read_text()[-3000:]
-    while again.alive() and time.monotonic() - asked < 30:
+    assert again.wait(ENDS_S) == 128 + signal.SIGTERM, again.log.read_text()[-3000:]
+    ends = time.monotonic() + ENDS_S
+    while left := again.alive():
+        assert time.monotonic() < ends, left
         time.sleep(0.5)
-    assert again.alive() == []
     assert "ended by SIGTERM" in again.log.read_text()
 
     first, repeat = finished.metrics()[0], again.metrics()[0]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import HANG_S
+
 ROOT = Path(__file__).resolve().parents[1]
 MATHS = ["objectives", "controller", "megatron.token_stats"]
 SCRIPT = """
@@ -27,7 +29,7 @@ importlib.import_module(sys.argv[1])
 
 def run(module: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SCRIPT, module]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.mark.parametrize("module", MATHS)

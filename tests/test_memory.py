@@ -12,6 +12,7 @@ import pytest
 from dcpo_openrlhf import memory
 from dcpo_openrlhf.config import Recipe, load_recipe
 from dcpo_openrlhf.memory import GIB, Sizes
+from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tools.smollm2 import default_output
 
@@ -202,7 +203,7 @@ def measured(path: Path, *, dtype: str, recompute: str, batch: int, time: int, v
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

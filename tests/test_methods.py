@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from dcpo_openrlhf import tasks, train_dcpo
+from dcpo_openrlhf import local_ray, tasks, train_dcpo
 from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.objectives import METHODS
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
@@ -47,7 +47,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     model = make_biased_model(folder / "model")
     recipe = make_recipe(folder, model, "dcpo")
     with contextlib.ExitStack() as exits:
-        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        local_ray.start(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
         exits.callback(ray.shutdown)
         grader = exits.enter_context(GraderPool(workers=1, extractor="last_integer", deadline_s=10.0))
         engines, group = train_dcpo._start_actors(recipe, RecipeStrategy(recipe), exits)

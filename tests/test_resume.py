@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcpo_openrlhf import checkpoint, train_dcpo
+from dcpo_openrlhf import checkpoint, local_ray, train_dcpo
 from dcpo_openrlhf.config import load_recipe
+from tests.bounds import ENDS_S, HANG_S
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,7 @@ class Runs:
             train: {{steps: {STEPS}, prompts_per_step: {PROMPTS}, prompts_per_update: 2, group_size: {GROUP}}}
             parallel: {{devices_per_node: 2, tensor: 2}}
             rollout: {{engines: 1, max_prompt_tokens: 200, max_new_tokens: {NEW_TOKENS}, cpu_kv_cache_gb: 0.1}}
-            checkpoint: {{every: 2}}
+            checkpoint: {{every: 2, signal_timeout: 200}}
             monitor: {{tensorboard: false}}
             """
         )
@@ -139,15 +140,15 @@ class Run:
             stderr=subprocess.STDOUT,
         )
 
-    def end(self, *, status: int = 0, seconds: float = 600) -> "Run":
+    def end(self, *, status: int = 0, seconds: float = HANG_S) -> "Run":
         try:
             assert self.process.wait(seconds) == status, self.log.read_text()[-4000:]
         finally:
             self.process.kill()
         return self
 
-    def signal_at(self, text: str, number: int, seconds: float = 600) -> "Run":
-        ends = time.monotonic() + seconds
+    def signal_at(self, text: str, number: int) -> "Run":
+        ends = time.monotonic() + HANG_S
         while text not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < ends, self.log.read_text()[-4000:]
             time.sleep(0.02)
@@ -173,9 +174,9 @@ class Run:
         return {name: state[name] for name in ("step", "weights_version", "prompts", "controller", "monitor", "grader")}
 
 
-def wait_until_idle(seconds: float) -> None:
+def wait_until_idle() -> None:
     """Return when no run holds a device of the cluster."""
-    ends = time.monotonic() + seconds
+    ends = time.monotonic() + ENDS_S
     while ray.available_resources().get("GPU", 0) < DEVICES:
         assert time.monotonic() < ends, ray.available_resources()
         time.sleep(0.5)
@@ -183,11 +184,13 @@ def wait_until_idle(seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    context = ray.init(num_cpus=DEVICES, num_gpus=DEVICES, include_dashboard=False, log_to_driver=False)
-    runs = Runs(tmp_path_factory.mktemp("resume"), context.address_info["gcs_address"])
-    runs.record()
-    yield runs
-    ray.shutdown()
+    context = local_ray.start(num_cpus=DEVICES, num_gpus=DEVICES, include_dashboard=False, log_to_driver=False)
+    try:
+        runs = Runs(tmp_path_factory.mktemp("resume"), context.address_info["gcs_address"])
+        runs.record()
+        yield runs
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +212,12 @@ def test_a_replay_trains_on_the_recorded_responses(whole: Run) -> None:
 @pytest.mark.slow
 def test_killed_resumed_and_preempted_run_equals_the_whole_run(runs: Runs, whole: Run) -> None:
     runs.start("killed").signal_at(f"step 3/{STEPS}", signal.SIGKILL).end(status=-signal.SIGKILL)
-    wait_until_idle(30)
+    wait_until_idle()
     killed = [json.loads(line) for line in (runs.folder / "killed/metrics.jsonl").read_text().splitlines()]
 
     again = runs.start("killed", "checkpoint.resume=auto", "checkpoint.every=100")
-    again.signal_at(f"step 4/{STEPS}", signal.SIGTERM).end(status=128 + signal.SIGTERM, seconds=30)
-    wait_until_idle(30)
+    again.signal_at(f"step 4/{STEPS}", signal.SIGTERM).end(status=128 + signal.SIGTERM, seconds=ENDS_S)
+    wait_until_idle()
     assert f"resuming after step 2 from {runs.folder}/killed" in again.log.read_text()
     cut = [json.loads(line) for line in (runs.folder / "killed/cut/001/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in cut] == [row["step"] for row in killed if row["step"] > 2]
@@ -244,7 +247,7 @@ def test_another_mesh_continues_with_the_same_numbers(runs: Runs, whole: Run) ->
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(7200)
 def test_with_an_engine_too(runs: Runs) -> None:
     """fp32: the engine repeats its responses for equal batches, so a killed and resumed run repeats all of it."""
     engine = "rollout.replay=null"
@@ -256,7 +259,7 @@ def test_with_an_engine_too(runs: Runs) -> None:
     assert replayed.policy_sums(STEPS) == whole.policy_sums(STEPS)
 
     runs.start("engine-killed", engine).signal_at(f"step 3/{STEPS}", signal.SIGKILL).end(status=-signal.SIGKILL)
-    wait_until_idle(60)
+    wait_until_idle()
     resumed = runs.start("engine-killed", engine, "checkpoint.resume=auto").end()
     assert resumed.metrics() == whole.metrics()
     assert resumed.policy_sums(STEPS) == whole.policy_sums(STEPS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dcpo_openrlhf.rewards import Grade, GraderError, GraderPool, as_integer, extract_boxed, grade, last_integer
+from tests.bounds import HANG_S
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HANGS = "10^{10^{10^{10}}}"  # inside a C function, where no Python signal handler runs
@@ -232,7 +233,7 @@ def test_no_worker_outlives_its_parent(state, deadline):
     root = Path(__file__).resolve().parents[1]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=root)
     # The worker holds the same stderr: its end of file comes when both have ended.
-    _, errors = parent.communicate(timeout=120)
+    _, errors = parent.communicate(timeout=HANG_S)
     assert parent.returncode == (0 if state == "exit" else -signal.SIGKILL), errors
 
 

@@ -8,6 +8,7 @@ import ray
 
 from dcpo_openrlhf import rollout
 from dcpo_openrlhf.weight_sync import connect
+from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tests.weight_sync.engines import (
     CONTEXT,
@@ -133,7 +134,7 @@ def test_rollouts_after_a_sync_come_from_the_new_weights_and_say_so(engine, fold
         rank=0,
         engines=[engine],
         source=FolderSource(folders[1]),
-        deadline_s=60.0,
+        deadline_s=HANG_S,
         bucket_bytes=100_000,
     )
     sync.send_weights()
@@ -154,7 +155,7 @@ def test_processes_end_with_a_killed_actor_and_the_error_names_the_engine(engine
     with pytest.raises(RuntimeError, match=r"rollout engine 0 died while .*resume from the last checkpoint"):
         generate(engine, folders[0])
     with pytest.raises(RuntimeError, match="rollout engine 0 died while starting"):
-        rollout.wait_until_ready([engine], 60)
+        rollout.wait_until_ready([engine], HANG_S)
 
 
 def test_engines_that_the_cluster_cannot_hold_are_refused(folders):

@@ -1,6 +1,5 @@
 """A signal raises once, not in the middle of an update, and what follows it is bounded."""
 
-import os
 import signal
 import time
 
@@ -11,7 +10,7 @@ from dcpo_openrlhf.signals import Interrupted, OutOfTime
 
 
 def send(number: int = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     time.sleep(0.01)  # the handler runs between two instructions of this thread
 
 
@@ -34,21 +33,20 @@ def test_a_signal_waits_for_the_end_of_a_held_block() -> None:
 
 
 def test_a_held_block_is_left_when_the_bound_is_over() -> None:
-    begin = time.monotonic()
     with signals.raising(0.1), pytest.raises(Interrupted), signals.held():
         send()
         time.sleep(30)
-    assert time.monotonic() - begin < 10
+        pytest.fail("the block went on")
 
 
 def test_without_a_bound_nothing_is_held() -> None:
     with signals.raising(), pytest.raises(Interrupted), signals.held():
         send()
-        time.sleep(30)
+        pytest.fail("the block went on")
 
 
 def test_what_follows_a_signal_has_the_rest_of_the_bound() -> None:
-    with signals.raising(0.2):
+    with signals.raising(2.0):
         with pytest.raises(Interrupted):
             send()
         with signals.limit(signals.seconds_left()):
@@ -60,11 +58,11 @@ def test_what_follows_a_signal_has_the_rest_of_the_bound() -> None:
 
 
 def test_an_error_in_a_held_block_is_the_error_that_is_seen() -> None:
-    with signals.raising(0.1):
+    with signals.raising(2.0):
         with pytest.raises(ValueError, match="mine"), signals.held():
             send()
             raise ValueError("mine")
-        time.sleep(0.2)  # no alarm is left
+        time.sleep(2.5)  # no alarm is left
 
 
 def test_handlers_come_back() -> None:

@@ -173,7 +173,7 @@ def test_a_save_that_takes_too_long_or_fails_is_told_and_the_run_still_ends(capl
     with signals.raising():
         for save, said in [(lambda: time.sleep(30), "checkpoint.signal_timeout is over"), (fails, "no space left")]:
             caplog.clear()
-            train_dcpo._before_exit(save, 0.2)
+            train_dcpo._before_exit(save, 2.0)
             (warning,) = caplog.messages
             assert said in warning and "the last whole one stays" in warning
 

@@ -5,7 +5,6 @@ Usage: python -m tools.demo [--recipe FILE] [--run-dir DIR] [section.key=value .
 
 import argparse
 import contextlib
-import ctypes
 import os
 import random
 import shlex
@@ -26,6 +25,7 @@ import psutil
 from ray.job_submission import JobSubmissionClient
 
 from dcpo_openrlhf.config import RecipeError, load_recipe
+from dcpo_openrlhf.local_ray import START_ATTEMPTS, START_BOUNDS, adopt_orphans, descendants, end_descendants
 from tools.smollm2 import default_output, ensure_smollm2
 
 T = TypeVar("T")
@@ -38,16 +38,11 @@ CLUSTER_ENV = {
     "RAY_worker_niceness": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
-    # Ray gives its dashboard and agents 30 to 60 s to start, which two busy cores do not always manage.
-    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
-    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
-    "RAY_agent_register_timeout_ms": "300000",
-}
+} | START_BOUNDS
 OBJECT_STORE_BYTES = 10**9
 SETTLE_S = 1.2
 """`ray start` looks at its servers once a second."""
 RETRY_S = 0.25
-START_ATTEMPTS = 3
 
 
 class DemoError(RuntimeError):
@@ -91,7 +86,7 @@ def local_cluster(*, cpus: int, gpus: int, startup_timeout: float = 300.0) -> It
     then the head ends: it is started again, START_ATTEMPTS times in all, on other ports.
     """
     adopt_orphans()
-    strangers = frozenset(psutil.Process().children(recursive=True))
+    strangers = frozenset(descendants())
     for attempt in range(1, START_ATTEMPTS + 1):
         cluster = start_head(cpus, gpus, strangers)
         try:
@@ -173,18 +168,6 @@ def tail(file: Path, lines: int = 15) -> str:
     return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
 
 
-def adopt_orphans() -> None:
-    """From here on, descendants that lose their parent become children of this process, so that none can hide."""
-    pr_set_child_subreaper = 36
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed; the demo needs Linux 3.4 or newer")
-
-
-def members(cluster: Cluster) -> list[psutil.Process]:
-    """Processes of the cluster: all that descend from this process and are no strangers."""
-    return [p for p in psutil.Process().children(recursive=True) if p not in cluster.strangers]
-
-
 class PeakMemory(threading.Thread):
     """Highest sum over the cluster's processes of their proportional set size (shared pages once), every 15 s."""
 
@@ -196,7 +179,7 @@ class PeakMemory(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(15.0):  # the kernel walks every page for it: not more often
             total = 0
-            for process in members(self.cluster):
+            for process in descendants(self.cluster.strangers):
                 with contextlib.suppress(psutil.Error):
                     total += process.memory_full_info().pss
             self.gib = max(self.gib, total / 2**30)
@@ -209,13 +192,7 @@ def stop_cluster(cluster: Cluster) -> None:
         os.killpg(cluster.head.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         cluster.head.wait(5)
-    # Killed twice: a process may have started another one meanwhile.
-    for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-        left = members(cluster)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
-        psutil.wait_procs(left, timeout=3)
+    end_descendants(cluster.strangers)
     cluster.head.wait()
     shutil.rmtree(cluster.folder, ignore_errors=True)
 

@@ -81,7 +81,7 @@ def come_back(models: dict[tuple[str, bool], Path]) -> dict[Any, list[list[str]]
     found: dict[Any, list[list[str]]] = {}
     for size in (1, 2, 4):
         meshes = [mesh for mesh, (world, _) in MESHES.items() if world == size]
-        for rank in run_distributed(_come_back, size, models, meshes, timeout=300):
+        for rank in run_distributed(_come_back, size, models, meshes):
             for key, differences in rank.items():
                 found.setdefault(key, []).append(differences)
     return found
@@ -107,7 +107,7 @@ def _statistics(rank: int, world_size: int, models: dict[Any, Path], tensor: int
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_statistics_are_those_of_transformers(models: dict[tuple[str, bool], Path], tensor: int) -> None:
-    results = run_distributed(_statistics, tensor, models, tensor, timeout=200)
+    results = run_distributed(_statistics, tensor, models, tensor)
     for key, path in models.items():
         for name, value in _hf_statistics(path).items():
             for rank in results:

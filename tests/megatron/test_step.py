@@ -86,9 +86,7 @@ def results(models: dict[str, Path]) -> dict[int, list[dict[str, Any]]]:
     """For each number of processes what its ranks return; all meshes of a size share one launch."""
     sizes = sorted({world_size for world_size, *_ in MESHES.values()})
     return {
-        size: run_distributed(
-            _on_meshes, size, models, [name for name, (world, *_) in MESHES.items() if world == size], timeout=600
-        )
+        size: run_distributed(_on_meshes, size, models, [name for name, (world, *_) in MESHES.items() if world == size])
         for size in sizes
     }
 

@@ -6,12 +6,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.bounds import ENDS_S, HANG_S
 from tools import demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def folder_of(output: str) -> Path:
 @pytest.mark.slow
 def test_log_and_status_come_through(tmp_path):
     runner = start(tmp_path, FAILING_JOB)
-    output, _ = runner.communicate(timeout=300)
+    output, _ = runner.communicate(timeout=HANG_S)
     assert f"devices 3.0 in {ROOT}" in output
     assert runner.returncode == 7
     assert not folder_of(output).exists()
@@ -151,7 +151,7 @@ if os.fork() == 0:
 
 
 @pytest.mark.slow
-def test_signal_ends_everything_within_30_seconds(tmp_path):
+def test_signal_ends_everything(tmp_path):
     runner = start(tmp_path, STUBBORN_JOB)
     assert runner.stdout is not None
     lines = []
@@ -162,10 +162,8 @@ def test_signal_ends_everything_within_30_seconds(tmp_path):
     pids = [int(word) for word in lines[-1].split()[1:]]
     family = psutil.Process(runner.pid).children(recursive=True)
     assert len(pids) == 4 and all(psutil.pid_exists(pid) for pid in pids)
-    began = time.monotonic()
     runner.send_signal(signal.SIGTERM)
-    runner.communicate(timeout=60)
-    assert time.monotonic() - began < 30
+    runner.communicate(timeout=ENDS_S)
     assert runner.returncode == 128 + signal.SIGTERM
     assert [pid for pid in pids if psutil.pid_exists(pid)] == []
     assert [process for process in family if process.is_running()] == []
@@ -184,7 +182,7 @@ def test_cluster_that_cannot_start_says_why(monkeypatch):
         with (
             pytest.raises(demo.DemoError, match=f"local Ray cluster ended(?s:.)*{ports[0]}"),
             demo.signals_as_exit(),
-            demo.local_cluster(cpus=1, gpus=0, startup_timeout=100),
+            demo.local_cluster(cpus=1, gpus=0, startup_timeout=HANG_S),
         ):
             pass
     assert not folder.exists()

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from dcpo_openrlhf.config import Recipe
+from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tools import doctor
 
@@ -196,7 +197,9 @@ def test_spoiled_weights_are_named(main: Main, running: Any, tmp_path: Path, mon
 
     def sync_and_spoil() -> None:
         sync()
-        other = connect(transport="shared_memory", rank=0, engines=running.vllm_engines, source=source, deadline_s=60.0)
+        other = connect(
+            transport="shared_memory", rank=0, engines=running.vllm_engines, source=source, deadline_s=HANG_S
+        )
         other.send_weights(version=running.weights_version)
 
     monkeypatch.setattr(running, "sync_weights", sync_and_spoil)

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 
+from tests.bounds import HANG_S
 from tools import plot_run
 from tools.run_folder import RunError
 
@@ -244,7 +245,7 @@ def opened(page: Path, action: str = "") -> str:
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--window-size=1300,1000"]
     command += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
     command += [f"--user-data-dir={page.parent / 'profile'}", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     assert "data-errors" not in dom, dom[:300]

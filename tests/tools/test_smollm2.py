@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bounds import HANG_S
 from tools import smollm2
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -17,7 +18,7 @@ def stub_convert(weights: Path, folder: Path) -> None:
 
 def ensure_with_stub(barrier, target: str) -> None:
     smollm2.convert = stub_convert
-    barrier.wait(timeout=60)
+    barrier.wait(timeout=HANG_S)
     assert smollm2.ensure_smollm2(target) == Path(target)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from dcpo_openrlhf import rollout
+from dcpo_openrlhf import local_ray, rollout
+from tests.bounds import ENDS_S, HANG_S
 
 CONTEXT = 96
 QUESTIONS = ("What is 3 + 4?", "the answer", "hello", "is the number 7", "system")
@@ -45,8 +46,9 @@ def cluster(gpus: int = 1) -> Iterator[None]:
     # what torch compiled for another process on this machine is not found either
     no_compiler = {"env_vars": {"CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}}
     sizes = {"num_cpus": gpus + 2, "num_gpus": gpus}
-    ray.init(**sizes, include_dashboard=False, _temp_dir=folder, log_to_driver=False, runtime_env=no_compiler)
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "runtime_env": no_compiler}
     try:
+        local_ray.start(**sizes, **options, _temp_dir=folder)
         yield
     finally:
         ray.shutdown()
@@ -67,11 +69,11 @@ def engines(folder: Path, transport: str, **overrides: Any) -> Iterator[list[Any
         "transport": transport,
         "cpu_kv_cache_gb": 0.125,
         "cpu_threads": 1,
-        "timeout_s": 60.0,
+        "timeout_s": HANG_S,
     }
     made = rollout.create_rollout_engines(**(settings | overrides))
     try:
-        rollout.wait_until_ready(made, 300)
+        rollout.wait_until_ready(made, HANG_S)
         yield made
     finally:
         rollout.shutdown_engines(made)
@@ -79,7 +81,7 @@ def engines(folder: Path, transport: str, **overrides: Any) -> Iterator[list[Any
 
 def generator(made: list[Any], folder: Path) -> rollout.DCPOSamplesGenerator:
     args = Namespace(args=Namespace(rollout=Namespace(n_samples_per_prompt=2)))
-    return rollout.DCPOSamplesGenerator(args, None, None, AutoTokenizer.from_pretrained(folder), made, timeout_s=120)
+    return rollout.DCPOSamplesGenerator(args, None, None, AutoTokenizer.from_pretrained(folder), made, timeout_s=HANG_S)
 
 
 def prompts(folder: Path) -> list[str]:
@@ -124,13 +126,12 @@ def assert_serves(made: list[Any], folder: Path) -> None:
 
 
 def assert_all_end(pids: list[int]) -> None:
-    """None of the processes is left, after half a minute at most."""
+    """None of the processes is left, after a while."""
 
     def alive(pid: int) -> bool:
         return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
-    for _ in range(60):
-        if not any(map(alive, pids)):
-            return
+    ends = time.monotonic() + ENDS_S
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < ends, f"still running: {left}"
         time.sleep(0.5)
-    raise AssertionError(f"still running: {[pid for pid in pids if alive(pid)]}")

@@ -10,6 +10,7 @@ import ray
 from dcpo_openrlhf import rollout
 from dcpo_openrlhf.weight_sync import WeightSyncError, connect
 from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient
+from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tests.weight_sync.engines import FolderSource, assert_all_end, assert_serves, cluster, engines, generator, prompts
 
@@ -41,7 +42,7 @@ def engine(ray_cluster, folders):
 
 
 def sync_to(engine, source, **options):
-    settings = {"transport": "gloo", "rank": 0, "deadline_s": 60.0, "bucket_bytes": BUCKET_BYTES} | options
+    settings = {"transport": "gloo", "rank": 0, "deadline_s": HANG_S, "bucket_bytes": BUCKET_BYTES} | options
     return connect(engines=[engine], source=source, **settings)
 
 
@@ -105,8 +106,8 @@ def test_a_source_that_never_returns_ends_at_the_deadline(engine, folders):
             return super().__iter__()
 
     sync = sync_to(engine, Stuck(folders[0]))
-    sync.client.deadline_s = 1.0
-    with pytest.raises(WeightSyncError, match=r"1 over gloo, trainer rank 0, reading the source, .* within 1 s"):
+    sync.client.deadline_s = 5.0
+    with pytest.raises(WeightSyncError, match=r"1 over gloo, trainer rank 0, reading the source, .* within 5 s"):
         sync.send_weights()
     release.set()
 
@@ -146,7 +147,7 @@ def test_client_names_the_engine_that_fails_or_hangs():
     kinds = (Engine, Failing, Hanging, Hanging)
     good, failing, *hanging = (ray.remote(num_cpus=0)(kind).remote() for kind in kinds)
     ray.get([actor.ready.remote() for actor in (good, failing, *hanging)])  # the deadlines below are of the calls alone
-    client = RayWeightSyncClient([good, hanging[0], failing], 60.0)
+    client = RayWeightSyncClient([good, hanging[0], failing], HANG_S)
     client.begin(3)
     with pytest.raises(WeightSyncError, match=r"version 3 failed while start_weight_update: engine 2.*disk full"):
         client.start_weight_update()
@@ -159,7 +160,7 @@ def test_client_names_the_engine_that_fails_or_hangs():
 def test_client_gives_each_engine_its_own_ranks():
     received = []
     engine = SimpleNamespace(init_weight_transfer_engine=SimpleNamespace(remote=received.append))
-    client = RayWeightSyncClient([engine] * 3, 60.0, engine_world_size=2)  # type: ignore[list-item]
+    client = RayWeightSyncClient([engine] * 3, HANG_S, engine_world_size=2)  # type: ignore[list-item]
     client.post_init({"rank_offset": 1})
     assert [request.init_info for request in received] == [{"rank_offset": n} for n in (1, 3, 5)]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dcpo_openrlhf.config import Optimizer
 from dcpo_openrlhf.megatron.batch import Rows
+from tests.bounds import HANG_S
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_model
 from tests.zero.common import make_recipe, make_step
@@ -188,5 +189,5 @@ for module in ("actor", "trainer", "train_dcpo", "weight_sync.source"):
     importlib.import_module(f"dcpo_openrlhf.{module}")
 importlib.import_module("tools.export_hf")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr

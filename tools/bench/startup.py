@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 
 from dcpo_openrlhf import processor
-from tools.demo import ROOT, adopt_orphans
+from dcpo_openrlhf.local_ray import adopt_orphans
+from tools.demo import ROOT
 from tools.smollm2 import ensure_smollm2
 
 MILESTONES = (
