@@ -149,7 +149,7 @@ def test_rollouts_after_a_sync_come_from_the_new_weights_and_say_so(engine, fold
 def test_processes_end_with_a_killed_actor_and_the_error_names_the_engine(engine, folders):
     """The last test of the module: it takes the engine away."""
     health = ray.get(engine.health.remote())
-    assert len(health["children"]) >= 2
+    assert health["children"]
     os.kill(health["pid"], signal.SIGKILL)  # as the out-of-memory killer does
     assert_all_end(health["children"])
     with pytest.raises(RuntimeError, match=r"rollout engine 0 died while .*resume from the last checkpoint"):
