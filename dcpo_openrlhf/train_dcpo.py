@@ -28,8 +28,8 @@ logger = logging.getLogger("dcpo_openrlhf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the recipe ran to its end, 2 when recipe or data cannot run, 3 where the monitor ended it,
-    128 + signal after a signal.
+    """Exit status: 0 when the recipe ran to its end, 1 where Ray did not start, 2 when recipe or data cannot run,
+    3 where the monitor ended it, 128 + signal after a signal.
     """
     arguments = _parser().parse_args(argv)
     log_to(sys.stdout)
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, tasks.TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except local_ray.LocalRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except MonitorStop as stop:
         print(f"ended by the monitor: {stop}", file=sys.stderr)
         return 3
@@ -85,6 +88,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
         prompts.load_state_dict(point.state()["prompts"])
     checkpoint.prepare_run_folder(recipe, point)
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
+        local_ray.raise_bounds()  # Ray reads them when it is imported
         with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.actor"):
             _join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
@@ -191,13 +195,14 @@ def _importing(*modules: str) -> Iterator[None]:
 
     thread = threading.Thread(target=load, name="importing", daemon=True)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join()  # an interpreter that ends must not meet it in an extension module
 
 
 def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     """Connect to the announced cluster, or start a local one that ends with the run; refuse one that is too small."""
-    local_ray.raise_bounds()  # before the import
     import ray
 
     address = recipe.run.ray_address or os.environ.get("RAY_ADDRESS")
