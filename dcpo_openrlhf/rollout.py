@@ -316,6 +316,7 @@ def create_rollout_engines(
         "enable_prefix_caching": enable_prefix_caching,
         "enable_sleep_mode": enable_sleep,
         "trust_remote_code": trust_remote_code,
+        "skip_tokenizer_init": True,  # prompts come as tokens, responses leave as tokens
         "worker_extension_cls": WORKER_EXTENSION,
         "weight_transfer_config": {"backend": transport},
         # Log-probs of the distribution that is sampled from; at temperature 1 and top_p 1 the model's own.
