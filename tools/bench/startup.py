@@ -66,13 +66,13 @@ class Looks(threading.Thread):
                 except psutil.Error:
                     continue
                 self.seen[process.pid].append((time.monotonic() - self.begin, times.user + times.system))
-                if not self.names.get(process.pid, "").startswith(("ray::", "VLLM::")) or command.startswith("ray::R"):
+                if command != "ray::IDLE":  # a worker that waited until it became an actor, or has been one
                     self.names[process.pid] = command
 
     def cpu_by_role(self, until: float) -> dict[str, float]:
         total: dict[str, float] = defaultdict(float)
         for pid, looks in self.seen.items():
-            role = next((role for role, text in ROLES if text in self.names[pid]), REST)
+            role = next((role for role, text in ROLES if text in self.names.get(pid, "")), REST)
             total[role] += max((cpu for at, cpu in looks if at <= until), default=0.0)
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
