@@ -377,8 +377,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _resolve_dtype(self) -> "Recipe":
         if self.model.dtype == "auto":
-            chosen = self.with_dtype(native_dtype(self.run.device))
-            object.__setattr__(self, "model", chosen.model)  # frozen for everyone else
+            resolved = self.with_dtype(native_dtype(self.run.device))
+            object.__setattr__(self, "model", resolved.model)  # frozen for everyone else
         return self
 
     @model_validator(mode="after")

@@ -174,6 +174,13 @@ def test_engine_that_never_answers_is_named_at_the_deadline():
         rollout.wait_until_ready([Silent.remote()], 1.0)
 
 
+def test_openmp_of_an_engine_process_that_computes_itself():
+    assert rollout.omp_env("0,1|2,3") == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2,3"}  # workers, which vLLM sets up
+    alone = rollout.omp_env("2,3")
+    assert (alone["OMP_NUM_THREADS"], alone["GOMP_CPU_AFFINITY"]) == ("2", "2 3")
+    assert alone["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
 def test_cores_are_dealt_to_engines_and_workers():
     def binding(**settings):
         return rollout.thread_binding(

@@ -47,6 +47,6 @@ else
     uv=$helper/bin/uv
   fi
   echo "no python$want answers here: uv looks for one, or fetches it" >&2
-  "$uv" venv --quiet --seed --python "$want" "$folder" || fail "none answers here, and uv neither found nor could fetch one"
+  "$uv" venv --quiet --seed --python "$want" --allow-existing "$folder" || fail "none answers here, and uv neither found nor could fetch one"
 fi
 "$folder/bin/python" -m pip install --quiet "$uv_requirement"
