@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub
+from dcpo_openrlhf.recipe.schema import Recipe
 
 install_flash_attn_stub()
 

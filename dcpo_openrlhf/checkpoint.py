@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dcpo_openrlhf.config import Recipe, RecipeError, resolved_yaml
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, resolved_yaml
 
 logger = logging.getLogger(__name__)
 

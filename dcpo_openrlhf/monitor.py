@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor_causes import CAUSES, Alert, band
+from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rewards import Grade
 from dcpo_openrlhf.tasks import Prompt
 

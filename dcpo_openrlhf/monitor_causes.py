@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpo_openrlhf.config import Action, Recipe
-from dcpo_openrlhf.config import Monitor as Bounds
+from dcpo_openrlhf.recipe.schema import Action, Recipe
+from dcpo_openrlhf.recipe.schema import Monitor as Bounds
 
 if TYPE_CHECKING:  # the entry imports MonitorStop, and torch takes seconds
     from dcpo_openrlhf.objectives import Method

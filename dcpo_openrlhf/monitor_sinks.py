@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.monitor_causes import Alert
+from dcpo_openrlhf.recipe.schema import Recipe
 
 
 class Sink(Protocol):

@@ -7,7 +7,7 @@ from argparse import Namespace
 from types import ModuleType
 from typing import Any
 
-from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 
 
 def install_flash_attn_stub() -> None:

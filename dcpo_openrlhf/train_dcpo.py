@@ -16,9 +16,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dcpo_openrlhf import checkpoint, local_ray, preflight, signals, tasks
-from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe, resolved_yaml
+from dcpo_openrlhf import checkpoint, local_ray, signals, tasks
 from dcpo_openrlhf.monitor_causes import MonitorStop
+from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
 from dcpo_openrlhf.signals import Interrupted
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcpo_openrlhf import local_ray
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.recipe.schema import Recipe
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole, prepare_run_folder, resume_point
-from dcpo_openrlhf.config import Recipe, RecipeError
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 
 def make_recipe(run: Path, **sections: Any) -> Recipe:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dcpo_openrlhf.config import Recipe, RecipeError, _rules, load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, _rules, load_recipe, resolved_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}

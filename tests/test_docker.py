@@ -19,8 +19,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from dcpo_openrlhf import preflight
-from dcpo_openrlhf.config import load_recipe
+from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe.schema import load_recipe
 from tests.bounds import HANG_S
 
 ROOT = Path(__file__).parent.parent

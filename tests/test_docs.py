@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpo_openrlhf import objectives, preflight
-from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf import objectives
+from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe.schema import Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 

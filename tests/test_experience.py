@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dcpo_openrlhf import objectives
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import make_controller
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf import memory, processor
-from dcpo_openrlhf.config import Recipe, load_recipe
-from dcpo_openrlhf.memory import GIB, Sizes
+from dcpo_openrlhf.recipe import memory, processor
+from dcpo_openrlhf.recipe.memory import GIB, Sizes
+from dcpo_openrlhf.recipe.schema import Recipe, load_recipe
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tools.smollm2 import default_output
@@ -158,7 +158,7 @@ import torch
 from dcpo_openrlhf import cpu
 torch.set_num_threads(1)
 cpu.install()
-from dcpo_openrlhf.config import Loss, Model, Optimizer, Parallel, Train
+from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 from dcpo_openrlhf.megatron.batch import Rows
 from dcpo_openrlhf.megatron.mesh import init_mesh
 from dcpo_openrlhf.megatron.model import build_policy

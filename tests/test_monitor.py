@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from dcpo_openrlhf import monitor, monitor_causes, objectives, train_dcpo
-from dcpo_openrlhf.config import Recipe, load_recipe
 from dcpo_openrlhf.controller import ControllerDecision
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor import METRICS, Monitor, batch_metrics, unknown_metrics
 from dcpo_openrlhf.monitor_causes import CAUSES, Alert, MonitorStop
 from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
+from dcpo_openrlhf.recipe.schema import Recipe, load_recipe
 from dcpo_openrlhf.rewards import Grade
 from dcpo_openrlhf.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import DCPOTrainer

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub, openrlhf_args
+from dcpo_openrlhf.recipe.schema import Recipe
 
 # file under openrlhf/trainer: class: methods on our path (None: all of them)
 REUSED: dict[str, dict[str, tuple[str, ...] | None]] = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dcpo_openrlhf import preflight
-from dcpo_openrlhf.config import Recipe, RecipeError
+from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from tests.tiny import MAX_POSITIONS, make_tiny_model
 
 Check = Callable[..., list[str]]

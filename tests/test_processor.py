@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf import checkpoint, preflight, processor
-from dcpo_openrlhf.config import Recipe, load_recipe, resolved_yaml
+from dcpo_openrlhf import checkpoint
+from dcpo_openrlhf.recipe import preflight, processor
+from dcpo_openrlhf.recipe.schema import Recipe, load_recipe, resolved_yaml
 from tests.test_checkpoint import make_folder, save
 from tests.tiny import make_tiny_model
 

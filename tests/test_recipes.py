@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dcpo_openrlhf import memory, preflight
-from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe
 from dcpo_openrlhf.objectives import METHODS
+from dcpo_openrlhf.recipe import memory, preflight
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "model_configs"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rewards import GraderPool
 from dcpo_openrlhf.trainer import DCPOTrainer, Stopwatch, make_controller
 

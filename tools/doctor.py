@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dcpo_openrlhf import checkpoint, preflight, processor
-from dcpo_openrlhf.config import Recipe, RecipeError, load_recipe
-from dcpo_openrlhf.memory import GIB
+from dcpo_openrlhf import checkpoint
+from dcpo_openrlhf.recipe import preflight, processor
+from dcpo_openrlhf.recipe.memory import GIB
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe
 from dcpo_openrlhf.signals import Interrupted
 from dcpo_openrlhf.tasks import Prompt
 from dcpo_openrlhf.train_dcpo import log_to, started

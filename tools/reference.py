@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import annotated_types as rules
 from pydantic.fields import FieldInfo
 
-from dcpo_openrlhf.config import Recipe, Section
+from dcpo_openrlhf.recipe.schema import Recipe, Section
 
 INTRODUCTION = """# Configuration
 
-Every key of a recipe, from the schema in [`dcpo_openrlhf/config.py`](../dcpo_openrlhf/config.py).
+Every key of a recipe, from the schema in [`dcpo_openrlhf/recipe/schema.py`](../dcpo_openrlhf/recipe/schema.py).
 This page is generated: `python -m tools.reference > docs/configuration.md`.
 
 A recipe is YAML and lists only what differs from the defaults; a command line adds `section.key=value`.

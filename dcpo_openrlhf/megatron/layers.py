@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcpo_openrlhf.megatron import fused
 from dcpo_openrlhf.megatron.batch import context_share
-from dcpo_openrlhf.memory import SHORT_ATTENTION
+from dcpo_openrlhf.recipe.memory import SHORT_ATTENTION
 
 PADDING_BOUND = 1.5
 """Segments are attended to as one padded batch while its scores are at most this many times those needed."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from dcpo_openrlhf.config import Parallel
+from dcpo_openrlhf.recipe.schema import Parallel
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from dcpo_openrlhf import micro_batch
-from dcpo_openrlhf.config import Loss, Optimizer
 from dcpo_openrlhf.megatron.batch import Layout, Packed, Rows, micro_batches
 from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.megatron.model import Policy
+from dcpo_openrlhf.recipe.schema import Loss, Optimizer
 
 
 class PolicyStep:

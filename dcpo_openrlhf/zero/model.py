@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub, openrlhf_args
+from dcpo_openrlhf.recipe.schema import Recipe
 
 install_flash_attn_stub()
 

@@ -7,11 +7,11 @@ import torch
 from megatron.core import parallel_state
 
 from dcpo_openrlhf import cpu
-from dcpo_openrlhf.config import Loss, Model, Optimizer, Parallel, Train
 from dcpo_openrlhf.megatron.batch import Rows
 from dcpo_openrlhf.megatron.mesh import init_mesh
 from dcpo_openrlhf.megatron.model import Policy, build_policy
 from dcpo_openrlhf.megatron.step import PolicyStep
+from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 from tests.distributed import renew_process_group
 
 

@@ -213,9 +213,9 @@ def test_token_statistics_are_those_of_float64() -> None:
 
 def _peak(device: str, path: Path, layers: str, recompute: str, tokens: int) -> tuple[float, str]:
     """Bytes that one update of full rows holds at most, over those that memory.py expects without its reserve."""
-    from dcpo_openrlhf import memory
-    from dcpo_openrlhf.config import load_recipe
     from dcpo_openrlhf.megatron.batch import Rows
+    from dcpo_openrlhf.recipe import memory
+    from dcpo_openrlhf.recipe.schema import load_recipe
 
     root = Path(__file__).parents[2]
     overrides = [f"model.path={path}", f"model.layers={layers}", f"train.recompute={recompute}"]

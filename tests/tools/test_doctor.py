@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tools import doctor

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import cast
 
-from dcpo_openrlhf.config import Recipe, Section
+from dcpo_openrlhf.recipe.schema import Recipe, Section
 from tools import reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

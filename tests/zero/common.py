@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 
 
 def make_recipe(path: Path, *, world_size: int, stage: int = 2, dtype: str = "fp32", **sections: Any) -> Recipe:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.config import Optimizer
 from dcpo_openrlhf.megatron.batch import Rows
+from dcpo_openrlhf.recipe.schema import Optimizer
 from tests.bounds import HANG_S
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_model

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from dcpo_openrlhf import objectives
-from dcpo_openrlhf.config import Recipe
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.megatron.token_stats import token_stats
 from dcpo_openrlhf.monitor import Monitor, batch_metrics
+from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rewards import Grade
 from dcpo_openrlhf.tasks import Problem, Prompt
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from dcpo_openrlhf import processor
 from dcpo_openrlhf.local_ray import adopt_orphans
+from dcpo_openrlhf.recipe import processor
 from tools.demo import ROOT
 from tools.smollm2 import ensure_smollm2
 

@@ -53,7 +53,7 @@ def ragged_rows(options: argparse.Namespace, vocab_size: int) -> Rows:
 
 def our_side(options: argparse.Namespace, rows: Rows) -> dict[str, Callable[[], object]]:
     from dcpo_openrlhf import cpu
-    from dcpo_openrlhf.config import Loss, Model, Optimizer, Parallel, Train
+    from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 
     cpu.install()
     from dcpo_openrlhf.megatron.mesh import init_mesh

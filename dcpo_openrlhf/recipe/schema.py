@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dcpo_openrlhf.processor import native_dtype
+from dcpo_openrlhf.recipe.processor import native_dtype
 
 Expanded = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path)).expanduser())]
 """A path in which ~ and $VARIABLES are filled in."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dcpo_openrlhf.config import Recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 
 GIB = 2**30
 RESERVE = {"cuda": 2 * GIB, "cpu": 0}

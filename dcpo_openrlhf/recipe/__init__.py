@@ -1,0 +1,4 @@
+"""What a run is, what forbids it, what it takes.
+
+Door: schema (Recipe, its sections, RecipeError), load, preflight, memory, processor, resume.
+"""
