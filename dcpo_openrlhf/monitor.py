@@ -19,7 +19,7 @@ from dcpo_openrlhf import objectives
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor_causes import CAUSES, Alert, band
 from dcpo_openrlhf.recipe.schema import Recipe
-from dcpo_openrlhf.rewards import Grade
+from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.tasks import Prompt
 
 FAR = 1000

@@ -94,7 +94,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
             _join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
         from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
-        from dcpo_openrlhf.rewards import GraderPool
+        from dcpo_openrlhf.reward.pool import GraderPool
         from dcpo_openrlhf.trainer import DCPOTrainer
 
         strategy = RecipeStrategy(recipe)

@@ -24,7 +24,7 @@ from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay
-from dcpo_openrlhf.rewards import Grade, GraderPool
+from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import DCPOSamplesGenerator
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)

@@ -14,7 +14,7 @@ from dcpo_openrlhf import local_ray, tasks, train_dcpo
 from dcpo_openrlhf.objectives import METHODS
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
-from dcpo_openrlhf.rewards import GraderPool
+from dcpo_openrlhf.reward.pool import GraderPool
 from dcpo_openrlhf.trainer import DCPOTrainer
 from tests.tiny import make_biased_model
 

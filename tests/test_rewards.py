@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf.rewards import Grade, GraderError, GraderPool, as_integer, extract_boxed, grade, last_integer
+from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool, as_integer, extract_boxed, grade, last_integer
 from tests.bounds import HANG_S
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -214,7 +214,7 @@ def test_close_ends_the_workers():
 
 PARENT = """
 import os, signal, sys, threading
-from dcpo_openrlhf.rewards import GraderPool
+from dcpo_openrlhf.reward.pool import GraderPool
 pool = GraderPool(workers=1, extractor="boxed", deadline_s=float(sys.argv[2]))
 gold = r"\\frac{1}{2}"
 assert pool.grade([r"\\boxed{3/6}"], [gold])[0].reward == 1.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcpo_openrlhf.recipe.schema import Recipe
-from dcpo_openrlhf.rewards import GraderPool
+from dcpo_openrlhf.reward.pool import GraderPool
 from dcpo_openrlhf.trainer import DCPOTrainer, Stopwatch, make_controller
 
 TEXTS = {5: "It is 7", 6: "It is 8", 7: "7 and on and on"}

@@ -199,7 +199,7 @@ class _Worker:
         paths = [root, os.environ.get("PYTHONPATH", "")]
         # A fresh interpreter, not a fork: the caller may hold threads, CUDA and Ray. Its __main__ is not imported.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dcpo_openrlhf.rewards", str(deadline_s)],
+            [sys.executable, "-m", "dcpo_openrlhf.reward.pool", str(deadline_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
