@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
-from dcpo_openrlhf.checks import require_possible_statistics
 from dcpo_openrlhf.controller import ControllerDecision, EntropyController
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+from dcpo_openrlhf.rollout.checks import require_possible_statistics
 
 install_flash_attn_stub()
 
@@ -20,7 +20,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience, tensor_field  # no
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 
 from dcpo_openrlhf.megatron.batch import Rows, join  # noqa: E402
-from dcpo_openrlhf.tasks import Prompt  # noqa: E402
+from dcpo_openrlhf.rollout.tasks import Prompt  # noqa: E402
 
 
 @dataclass

@@ -20,7 +20,7 @@ from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor_causes import CAUSES, Alert, band
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
-from dcpo_openrlhf.tasks import Prompt
+from dcpo_openrlhf.rollout.tasks import Prompt
 
 FAR = 1000
 """Steps that stand for "the trend does not lead out of the band"."""

@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dcpo_openrlhf import checkpoint, local_ray, signals, tasks
+from dcpo_openrlhf import checkpoint, local_ray, signals
 from dcpo_openrlhf.monitor_causes import MonitorStop
 from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
+from dcpo_openrlhf.rollout import tasks
 from dcpo_openrlhf.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     import ray
 
     from dcpo_openrlhf.actor import ACTORS, PolicyActorGroup
-    from dcpo_openrlhf.rollout import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
+    from dcpo_openrlhf.rollout.engine import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
 
     p, begin = recipe.parallel, time.monotonic()
     shared = device_group(p.world_size, recipe.run.startup_timeout) if p.colocate else None
@@ -261,7 +262,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
 
 
 def _create_engines(recipe: Recipe, shared: Any) -> list[Any]:
-    from dcpo_openrlhf.rollout import create_rollout_engines
+    from dcpo_openrlhf.rollout.engine import create_rollout_engines
 
     r = recipe.rollout
     return create_rollout_engines(

@@ -13,9 +13,8 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dcpo_openrlhf import signals, tasks
+from dcpo_openrlhf import signals
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
-from dcpo_openrlhf.checks import require_possible_samples
 from dcpo_openrlhf.controller import EntropyController
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.monitor import Monitor, batch_metrics
@@ -23,9 +22,11 @@ from dcpo_openrlhf.monitor_causes import MonitorStop
 from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
-from dcpo_openrlhf.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
-from dcpo_openrlhf.rollout import DCPOSamplesGenerator
+from dcpo_openrlhf.rollout import tasks
+from dcpo_openrlhf.rollout.checks import require_possible_samples
+from dcpo_openrlhf.rollout.engine import DCPOSamplesGenerator
+from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf.checks import ImpossibleValue, require_possible_samples, require_possible_statistics
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.tasks import Problem, Prompt
+from dcpo_openrlhf.rollout.checks import ImpossibleValue, require_possible_samples, require_possible_statistics
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 
 PROMPTS = [Prompt(Problem(f"sum-{i}", "1 + 1", "2", "test"), f"What is 1 + {i}?") for i in range(2)]
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import ray
 
-from dcpo_openrlhf import local_ray, tasks, train_dcpo
+from dcpo_openrlhf import local_ray, train_dcpo
 from dcpo_openrlhf.objectives import METHODS
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import GraderPool
+from dcpo_openrlhf.rollout import tasks
 from dcpo_openrlhf.trainer import DCPOTrainer
 from tests.tiny import make_biased_model
 

@@ -22,7 +22,7 @@ from dcpo_openrlhf.monitor_causes import CAUSES, Alert, MonitorStop
 from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
 from dcpo_openrlhf.recipe.schema import Recipe, load_recipe
 from dcpo_openrlhf.reward.pool import Grade
-from dcpo_openrlhf.tasks import Problem, Prompt
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import DCPOTrainer
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf.replay import EVALUATION_STEP, Recorder, Replay, ReplayError, file_name
+from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, Recorder, Replay, ReplayError, file_name
 
 REQUEST: dict[str, Any] = {"step": 3, "n_samples": 2, "temperature": 1.0}
 PROMPTS = ["one plus one", "two plus two"]

@@ -56,7 +56,7 @@ class Runs:
 
     def record(self) -> None:
         """Responses of random tokens, half of which end in the right answer, as a run would have recorded them."""
-        from dcpo_openrlhf.replay import Recorder
+        from dcpo_openrlhf.rollout.replay import Recorder
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
         prompts, _ = train_dcpo._prompts(load_recipe(self.recipe), tokenizer)

@@ -6,7 +6,7 @@ import signal
 import pytest
 import ray
 
-from dcpo_openrlhf import rollout
+from dcpo_openrlhf.rollout import engine as rollout
 from dcpo_openrlhf.weight_sync import connect
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf.tasks import (
+from dcpo_openrlhf.rollout.tasks import (
     Problem,
     Prompt,
     PromptStream,
@@ -64,7 +64,8 @@ def test_arithmetic_asks_in_the_words_of_the_demo():
 
 
 def test_arithmetic_depends_on_the_seed_and_not_on_the_process():
-    code = "from dcpo_openrlhf.tasks import arithmetic as a; print([p.id for p in a(level=1, split='heldout', seed=5)])"
+    call = "[p.id for p in arithmetic(level=1, split='heldout', seed=5)]"
+    code = f"from dcpo_openrlhf.rollout.tasks import arithmetic; print({call})"
     runs = [
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True

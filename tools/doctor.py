@@ -29,8 +29,8 @@ from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.recipe import preflight, processor
 from dcpo_openrlhf.recipe.memory import GIB
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe
+from dcpo_openrlhf.rollout.tasks import Prompt
 from dcpo_openrlhf.signals import Interrupted
-from dcpo_openrlhf.tasks import Prompt
 from dcpo_openrlhf.train_dcpo import log_to, started
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dcpo_openrlhf.reward.pool import EXTRACTORS, Grade, GraderError, GraderPool
-from dcpo_openrlhf.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
 from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile
 from tools.scores import CONTESTS, Result, estimate, paper_backbones, pass_at_k, table

@@ -23,7 +23,7 @@ from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from dcpo_openrlhf.reward.pool import extract_boxed
-from dcpo_openrlhf.tasks import JSONL_KEYS, Problem, TaskError, load_jsonl
+from dcpo_openrlhf.rollout.tasks import JSONL_KEYS, Problem, TaskError, load_jsonl
 
 
 class PrepareError(ValueError):

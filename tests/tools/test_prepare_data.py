@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf.tasks import Problem, load_jsonl
+from dcpo_openrlhf.rollout.tasks import Problem, load_jsonl
 from tools import prepare_data
 from tools.prepare_data import deduplicate, find_overlap, load_problems, main, normalise
 

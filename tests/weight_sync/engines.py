@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from dcpo_openrlhf import local_ray, rollout
+from dcpo_openrlhf import local_ray
+from dcpo_openrlhf.rollout import engine as rollout
 from tests.bounds import ENDS_S, HANG_S
 
 CONTEXT = 96

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from dcpo_openrlhf import rollout
+from dcpo_openrlhf.rollout import engine as rollout
 from dcpo_openrlhf.weight_sync import WeightSyncError, connect
 from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient
 from tests.bounds import HANG_S

@@ -23,7 +23,7 @@ from dcpo_openrlhf.megatron.token_stats import token_stats
 from dcpo_openrlhf.monitor import Monitor, batch_metrics
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
-from dcpo_openrlhf.tasks import Problem, Prompt
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 
 A800_PEAK = 312e12
 """bf16, dense [flop/s]; NVIDIA's data sheet (the A100's)."""

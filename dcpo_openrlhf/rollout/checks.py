@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.tasks import Prompt
+from dcpo_openrlhf.rollout.tasks import Prompt
 
 ROUNDING = 1e-4
 """Log-probabilities may exceed 0 by this much [nats] before they count as impossible."""
