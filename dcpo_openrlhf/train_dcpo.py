@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import checkpoint, local_ray, signals
-from dcpo_openrlhf.monitor_causes import MonitorStop
+from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
 from dcpo_openrlhf.rollout import tasks

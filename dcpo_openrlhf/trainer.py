@@ -17,9 +17,9 @@ from dcpo_openrlhf import signals
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.controller import EntropyController
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
-from dcpo_openrlhf.monitor import Monitor, batch_metrics
-from dcpo_openrlhf.monitor_causes import MonitorStop
-from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
+from dcpo_openrlhf.monitor.causes import MonitorStop
+from dcpo_openrlhf.monitor.sinks import MetricsLog, progress_line
+from dcpo_openrlhf.monitor.statistics import Monitor, batch_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool

@@ -14,12 +14,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from dcpo_openrlhf import monitor, monitor_causes, objectives, train_dcpo
+from dcpo_openrlhf import objectives, train_dcpo
 from dcpo_openrlhf.controller import ControllerDecision
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.monitor import METRICS, Monitor, batch_metrics, unknown_metrics
-from dcpo_openrlhf.monitor_causes import CAUSES, Alert, MonitorStop
-from dcpo_openrlhf.monitor_sinks import MetricsLog, progress_line
+from dcpo_openrlhf.monitor import causes as monitor_causes
+from dcpo_openrlhf.monitor import statistics as monitor
+from dcpo_openrlhf.monitor.causes import CAUSES, Alert, MonitorStop
+from dcpo_openrlhf.monitor.sinks import MetricsLog, progress_line
+from dcpo_openrlhf.monitor.statistics import METRICS, Monitor, batch_metrics, unknown_metrics
 from dcpo_openrlhf.recipe.schema import Recipe, load_recipe
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt

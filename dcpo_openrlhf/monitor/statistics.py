@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.monitor_causes import CAUSES, Alert, band
+from dcpo_openrlhf.monitor.causes import CAUSES, Alert, band
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Prompt

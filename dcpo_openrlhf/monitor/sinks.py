@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from dcpo_openrlhf.monitor_causes import Alert
+from dcpo_openrlhf.monitor.causes import Alert
 from dcpo_openrlhf.recipe.schema import Recipe
 
 
