@@ -19,7 +19,7 @@ install_flash_attn_stub()
 from openrlhf.trainer.ppo_utils.experience import Experience, tensor_field  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 
-from dcpo_openrlhf.megatron.batch import Rows, join  # noqa: E402
+from dcpo_openrlhf.policy.rows import Rows, join  # noqa: E402
 from dcpo_openrlhf.rollout.tasks import Prompt  # noqa: E402
 
 

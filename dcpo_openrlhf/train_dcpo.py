@@ -91,7 +91,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     checkpoint.prepare_run_folder(recipe, point)
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
         local_ray.raise_bounds()  # Ray reads them when it is imported
-        with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.actor"):
+        with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.policy.actor"):
             _join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
         from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
@@ -230,7 +230,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     """
     import ray
 
-    from dcpo_openrlhf.actor import ACTORS, PolicyActorGroup
+    from dcpo_openrlhf.policy.actor import ACTORS, PolicyActorGroup
     from dcpo_openrlhf.rollout.engine import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
 
     p, begin = recipe.parallel, time.monotonic()

@@ -40,7 +40,7 @@ def exits() -> Iterator[contextlib.ExitStack]:
 @pytest.fixture(scope="module")
 def stack(recipe: Recipe, exits: contextlib.ExitStack, tmp_path_factory: pytest.TempPathFactory):
     """(policy group, engines): the engine starts with the weights of another model."""
-    from dcpo_openrlhf.actor import MegatronActor, PolicyActorGroup
+    from dcpo_openrlhf.policy.actor import MegatronActor, PolicyActorGroup
     from dcpo_openrlhf.rollout.engine import create_rollout_engines, shutdown_engines, wait_until_ready
 
     other = make_tiny_model(tmp_path_factory.mktemp("engine"), tie=False, seed=2)

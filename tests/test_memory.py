@@ -159,7 +159,7 @@ from dcpo_openrlhf import cpu
 torch.set_num_threads(1)
 cpu.install()
 from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
-from dcpo_openrlhf.megatron.batch import Rows
+from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.megatron.mesh import init_mesh
 from dcpo_openrlhf.megatron.model import build_policy
 from dcpo_openrlhf.megatron.step import PolicyStep

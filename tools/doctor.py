@@ -34,7 +34,7 @@ from dcpo_openrlhf.signals import Interrupted
 from dcpo_openrlhf.train_dcpo import log_to, started
 
 if TYPE_CHECKING:
-    from dcpo_openrlhf.megatron.batch import Rows
+    from dcpo_openrlhf.policy.rows import Rows
     from dcpo_openrlhf.trainer import DCPOTrainer
 
 GREEDY_PROMPTS, GREEDY_TOKENS = 4, 12
@@ -330,7 +330,7 @@ class Examination:
 
     def gap(self, ours: list[int], theirs: list[int], sample: Any) -> float:
         """[nats] The trainer's log-prob of its own token less that of the engine's, where they part first."""
-        from dcpo_openrlhf.megatron.batch import Rows
+        from dcpo_openrlhf.policy.rows import Rows
 
         parting = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
         place = int(sample.action_mask[0].float().argmax()) + parting
@@ -402,7 +402,7 @@ class Examination:
         """A response to each prompt, and the engines' log-probs of its tokens."""
         from openrlhf.trainer.ppo_utils.experience import Experience
 
-        from dcpo_openrlhf.megatron.batch import Rows
+        from dcpo_openrlhf.policy.rows import Rows
 
         tokens = min(SAMPLE_TOKENS, self.recipe.rollout.max_new_tokens)
         samples = self.generate(self.prompts, step=step, max_new_tokens=tokens, temperature=1.0)

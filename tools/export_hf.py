@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.megatron import names
-from dcpo_openrlhf.megatron.export import write_hf_folder
+from dcpo_openrlhf.policy.hf_folder import write_hf_folder
 from dcpo_openrlhf.zero import CHECKPOINT_FOLDER
 
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.experts."

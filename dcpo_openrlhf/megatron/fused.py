@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dcpo_openrlhf.megatron.batch import context_share
+from dcpo_openrlhf.policy.rows import context_share
 
 
 def rms_norm(x: Float[Tensor, "... hidden"], weight: Float[Tensor, " hidden"], eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dcpo_openrlhf.megatron import fused
-from dcpo_openrlhf.megatron.batch import context_share
+from dcpo_openrlhf.policy.rows import context_share
 from dcpo_openrlhf.recipe.memory import SHORT_ATTENTION
 
 PADDING_BOUND = 1.5

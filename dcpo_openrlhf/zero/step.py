@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcpo_openrlhf import micro_batch, objectives
-from dcpo_openrlhf.megatron.batch import Packed, Rows, micro_batches
+from dcpo_openrlhf import objectives
+from dcpo_openrlhf.policy import micro_batch
+from dcpo_openrlhf.policy.rows import Packed, Rows, micro_batches
 from dcpo_openrlhf.recipe.schema import Loss, Optimizer
 from dcpo_openrlhf.zero.model import ZeroPolicy
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpo_openrlhf.megatron.batch import Layout, Rows, fill, micro_batches, pack
+from dcpo_openrlhf.policy.rows import Layout, Rows, fill, micro_batches, pack
 
 # (prompt, response) of each row
 RAGGED = [([11, 12, 13], [14, 15]), ([21], [22]), ([31, 32], [33, 34, 35, 36])]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcpo_openrlhf.megatron.export import write_hf_folder
+from dcpo_openrlhf.policy.hf_folder import write_hf_folder
 from tests.tiny import make_tiny_model
 
 SMALL = 100_000

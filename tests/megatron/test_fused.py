@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcpo_openrlhf.megatron import fused
-from dcpo_openrlhf.megatron.batch import context_share
+from dcpo_openrlhf.policy.rows import context_share
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 """Of the largest value; bf16 has 8 bits, and rotary embedding rounds three times."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
 from dcpo_openrlhf.megatron.mesh import close_mesh
 from dcpo_openrlhf.megatron.model import hf_tensors
-from dcpo_openrlhf.megatron.token_stats import token_stats
+from dcpo_openrlhf.policy.token_stats import token_stats
 from tests.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
@@ -213,7 +213,7 @@ def test_token_statistics_are_those_of_float64() -> None:
 
 def _peak(device: str, path: Path, layers: str, recompute: str, tokens: int) -> tuple[float, str]:
     """Bytes that one update of full rows holds at most, over those that memory.py expects without its reserve."""
-    from dcpo_openrlhf.megatron.batch import Rows
+    from dcpo_openrlhf.policy.rows import Rows
     from dcpo_openrlhf.recipe import memory
     from dcpo_openrlhf.recipe.schema import load_recipe
 

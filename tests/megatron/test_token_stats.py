@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.megatron import token_stats as module
-from dcpo_openrlhf.megatron.token_stats import TokenStats, token_stats
+from dcpo_openrlhf.policy import token_stats as module
+from dcpo_openrlhf.policy.token_stats import TokenStats, token_stats
 from tests.distributed import run_distributed
 from tools.bench import peak_extra_bytes
 

@@ -43,7 +43,7 @@ def _load(rank: int, world_size: int, model: Path, folder: Path, sizes: dict[str
 
 
 def _logp(step: Any) -> torch.Tensor:
-    from dcpo_openrlhf.megatron.batch import Rows
+    from dcpo_openrlhf.policy.rows import Rows
 
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     return step.token_statistics(Rows(TOKENS, mask, mask[:, 1:]), temperatures=[])["logp"]

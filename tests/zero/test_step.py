@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.megatron.batch import Rows
+from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Optimizer
 from tests.bounds import HANG_S
 from tests.distributed import run_distributed

@@ -19,8 +19,8 @@ import torch
 
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.megatron.token_stats import token_stats
 from dcpo_openrlhf.monitor.statistics import Monitor, batch_metrics
+from dcpo_openrlhf.policy.token_stats import token_stats
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcpo_openrlhf.megatron.token_stats import token_stats
+from dcpo_openrlhf.policy.token_stats import token_stats
 from tools.bench import median_seconds, peak_extra_bytes
 
 TEMPERATURES = (0.8, 1.2)

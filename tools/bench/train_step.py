@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dcpo_openrlhf.megatron.batch import Rows, micro_batches
+from dcpo_openrlhf.policy.rows import Rows, micro_batches
 from tools.smollm2 import ensure_smollm2
 
 SIDES = ("ours", "transformers", "multiplies", "attainable")
@@ -52,7 +52,7 @@ def ragged_rows(options: argparse.Namespace, vocab_size: int) -> Rows:
 
 
 def our_side(options: argparse.Namespace, rows: Rows) -> dict[str, Callable[[], object]]:
-    from dcpo_openrlhf import cpu
+    from dcpo_openrlhf.policy import cpu
     from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 
     cpu.install()

@@ -16,7 +16,7 @@ install_flash_attn_stub()
 
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
-from dcpo_openrlhf.megatron.batch import Rows  # noqa: E402
+from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
@@ -142,7 +142,7 @@ class PolicyActor(BaseModelActor):
 
     def save_model(self, output: str) -> str:
         """Write the policy as a Hugging Face folder (rank 0 writes, the others help to gather)."""
-        from dcpo_openrlhf.megatron.export import write_hf_folder
+        from dcpo_openrlhf.policy.hf_folder import write_hf_folder
 
         tensors = self._tensors()
         if self._rank == 0:
@@ -178,7 +178,7 @@ class PolicyActor(BaseModelActor):
         if self.mesh.device.type == "cuda":
             super().empty_cache()
         else:
-            from dcpo_openrlhf import cpu
+            from dcpo_openrlhf.policy import cpu
 
             cpu.return_freed_memory()
 
@@ -190,7 +190,7 @@ class MegatronActorBase(PolicyActor):
 
     def _build(self, recipe: Recipe) -> tuple[type, Any]:
         if recipe.run.device == "cpu":
-            from dcpo_openrlhf import cpu
+            from dcpo_openrlhf.policy import cpu
 
             cpu.install()
         from dcpo_openrlhf.megatron.mesh import init_mesh
