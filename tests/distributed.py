@@ -20,7 +20,7 @@ from tests.bounds import HANG_S
 # A server process that has imported torch and started no thread is forked for every rank:
 # tens of milliseconds a rank instead of the seconds that a fresh interpreter takes.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "dcpo_openrlhf.megatron.step"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "dcpo_openrlhf.policy.megatron.step"])
 _GRACE_SECONDS = 2.0
 """After a first failure, time the other ranks get to report their own before they are killed."""
 

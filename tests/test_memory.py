@@ -160,9 +160,9 @@ torch.set_num_threads(1)
 cpu.install()
 from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 from dcpo_openrlhf.policy.rows import Rows
-from dcpo_openrlhf.megatron.mesh import init_mesh
-from dcpo_openrlhf.megatron.model import build_policy
-from dcpo_openrlhf.megatron.step import PolicyStep
+from dcpo_openrlhf.policy.megatron.mesh import init_mesh
+from dcpo_openrlhf.policy.megatron.model import build_policy
+from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
 path, dtype, recompute, batch, time, vocabulary = sys.argv[1:4] + [int(a) for a in sys.argv[4:]]
 

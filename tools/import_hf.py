@@ -25,10 +25,10 @@ def import_hf(model: Path, checkpoints: Path, *, dtype: Literal["bf16", "fp32"] 
     from dcpo_openrlhf.policy import cpu
 
     cpu.install()
-    from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
-    from dcpo_openrlhf.megatron.mesh import close_mesh, init_mesh
-    from dcpo_openrlhf.megatron.model import build_policy
-    from dcpo_openrlhf.megatron.step import PolicyStep
+    from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
+    from dcpo_openrlhf.policy.megatron.mesh import close_mesh, init_mesh
+    from dcpo_openrlhf.policy.megatron.model import build_policy
+    from dcpo_openrlhf.policy.megatron.step import PolicyStep
     from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 
     with socket.socket() as free:

@@ -20,9 +20,9 @@ from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
-    from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
-    from dcpo_openrlhf.megatron.memory import Offload
-    from dcpo_openrlhf.megatron.step import PolicyStep
+    from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
+    from dcpo_openrlhf.policy.megatron.memory import Offload
+    from dcpo_openrlhf.policy.megatron.step import PolicyStep
     from dcpo_openrlhf.zero.checkpoint import ZeroCheckpoint
     from dcpo_openrlhf.zero.memory import ZeroOffload
     from dcpo_openrlhf.zero.step import ZeroStep
@@ -193,9 +193,9 @@ class MegatronActorBase(PolicyActor):
             from dcpo_openrlhf.policy import cpu
 
             cpu.install()
-        from dcpo_openrlhf.megatron.mesh import init_mesh
-        from dcpo_openrlhf.megatron.model import build_policy
-        from dcpo_openrlhf.megatron.step import PolicyStep
+        from dcpo_openrlhf.policy.megatron.mesh import init_mesh
+        from dcpo_openrlhf.policy.megatron.model import build_policy
+        from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
         mesh = init_mesh(
             recipe.parallel,
@@ -207,12 +207,12 @@ class MegatronActorBase(PolicyActor):
         return PolicyStep, build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=mesh)
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        from dcpo_openrlhf.megatron.model import hf_shapes
+        from dcpo_openrlhf.policy.megatron.model import hf_shapes
 
         return hf_shapes(self.step.policy)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from dcpo_openrlhf.megatron.model import hf_tensors
+        from dcpo_openrlhf.policy.megatron.model import hf_tensors
 
         return hf_tensors(self.step.policy)
 
@@ -224,13 +224,13 @@ class MegatronActorBase(PolicyActor):
 
     @cached_property
     def checkpoint(self) -> "PolicyCheckpoint":
-        from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
+        from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
 
         return PolicyCheckpoint(self.step)
 
     @cached_property
     def _offload(self) -> "Offload":
-        from dcpo_openrlhf.megatron.memory import Offload
+        from dcpo_openrlhf.policy.megatron.memory import Offload
 
         return Offload(self.step)
 

@@ -95,7 +95,7 @@ def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
-    from dcpo_openrlhf.megatron.fused import packed_rotary
+    from dcpo_openrlhf.policy.megatron.fused import packed_rotary
 
     rope_utils.fused_apply_rotary_pos_emb_thd = packed_rotary  # in Transformer Engine's place
     # activation recomputation keeps the generator's state in a way of its own; the CPU generator's is kept beside it

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf import checkpoint
-from dcpo_openrlhf.megatron.names import ARCHITECTURES, ROPE_TYPES
 from dcpo_openrlhf.objectives import METHODS
+from dcpo_openrlhf.policy.megatron.names import ARCHITECTURES, ROPE_TYPES
 from dcpo_openrlhf.recipe import memory, processor
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 

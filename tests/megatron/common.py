@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from dcpo_openrlhf.megatron.mesh import init_mesh
-from dcpo_openrlhf.megatron.model import Policy, build_policy
-from dcpo_openrlhf.megatron.step import PolicyStep
 from dcpo_openrlhf.policy import cpu
+from dcpo_openrlhf.policy.megatron.mesh import init_mesh
+from dcpo_openrlhf.policy.megatron.model import Policy, build_policy
+from dcpo_openrlhf.policy.megatron.step import PolicyStep
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 from tests.distributed import renew_process_group

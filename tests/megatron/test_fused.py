@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcpo_openrlhf.megatron import fused
+from dcpo_openrlhf.policy.megatron import fused
 from dcpo_openrlhf.policy.rows import context_share
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}

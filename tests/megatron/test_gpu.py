@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.megatron.checkpoint import PolicyCheckpoint
-from dcpo_openrlhf.megatron.mesh import close_mesh
-from dcpo_openrlhf.megatron.model import hf_tensors
+from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
+from dcpo_openrlhf.policy.megatron.mesh import close_mesh
+from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from dcpo_openrlhf.policy.token_stats import token_stats
 from tests.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
@@ -88,7 +88,7 @@ def _weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def layers_here() -> list[str]:
-    from dcpo_openrlhf.megatron.model import _has_transformer_engine
+    from dcpo_openrlhf.policy.megatron.model import _has_transformer_engine
 
     return ["local", "transformer_engine"] if _has_transformer_engine() else ["local"]
 
@@ -150,7 +150,7 @@ def test_resumed_update_is_that_of_the_run_bit_for_bit(models: dict[str, Path], 
 
 
 def _away_and_back(device: str, path: Path) -> Any:
-    from dcpo_openrlhf.megatron.memory import Offload
+    from dcpo_openrlhf.policy.megatron.memory import Offload
 
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))

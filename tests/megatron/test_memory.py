@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf.megatron.model import hf_tensors
+from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from tests.distributed import run_distributed
 from tests.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
 
 def _two_updates(rank: int, world_size: int, path: Path, dtype: str, moves: bool) -> Any:
-    from dcpo_openrlhf.megatron.memory import Offload
+    from dcpo_openrlhf.policy.megatron.memory import Offload
 
     policy = make_policy(path, rank=rank, world_size=world_size, dtype=dtype)
     step = make_step(policy)

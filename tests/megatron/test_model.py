@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dcpo_openrlhf.megatron.model import hf_shapes, hf_tensors
+from dcpo_openrlhf.policy.megatron.model import hf_shapes, hf_tensors
 from tests.distributed import run_distributed
 from tests.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import ARCHITECTURE_FIELDS, make_tiny_model

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dcpo_openrlhf.megatron import names
+from dcpo_openrlhf.policy.megatron import names
 from tests.tiny import ARCHITECTURE_FIELDS, make_tiny_model
 
 SHAPE = names.Shape(heads=8, kv_heads=4, head_dim=3, vocab_size=10, padded_vocab_size=16)

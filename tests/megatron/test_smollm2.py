@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcpo_openrlhf.megatron.mesh import tensor_group
+from dcpo_openrlhf.policy.megatron.mesh import tensor_group
 from dcpo_openrlhf.policy.rows import Packed, Rows
 from tests.distributed import run_distributed
 from tests.megatron.common import make_policy, make_step

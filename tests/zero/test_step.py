@@ -43,7 +43,7 @@ def rows(seed: int = 0) -> Rows:
 
 def _megatron(rank: int, world_size: int, models: dict[str, Path]) -> dict[str, Any]:
     """{architecture: (statistics, gradients, metrics of two updates, weights)} of one process."""
-    from dcpo_openrlhf.megatron.model import hf_tensors
+    from dcpo_openrlhf.policy.megatron.model import hf_tensors
     from tests.megatron.common import make_policy, make_step
 
     results = {}
@@ -161,7 +161,7 @@ def test_updates_and_statistics_are_megatrons(
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rate_is_megatrons(schedule: Any, warmup: int) -> None:
-    from dcpo_openrlhf.megatron.step import _schedule
+    from dcpo_openrlhf.policy.megatron.step import _schedule
     from dcpo_openrlhf.zero.step import learning_rate
 
     o = Optimizer(learning_rate=1e-3, min_learning_rate=1e-4, schedule=schedule, warmup_updates=warmup)

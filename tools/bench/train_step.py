@@ -56,9 +56,9 @@ def our_side(options: argparse.Namespace, rows: Rows) -> dict[str, Callable[[], 
     from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 
     cpu.install()
-    from dcpo_openrlhf.megatron.mesh import init_mesh
-    from dcpo_openrlhf.megatron.model import build_policy
-    from dcpo_openrlhf.megatron.step import PolicyStep
+    from dcpo_openrlhf.policy.megatron.mesh import init_mesh
+    from dcpo_openrlhf.policy.megatron.model import build_policy
+    from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

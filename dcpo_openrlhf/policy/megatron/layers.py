@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from dcpo_openrlhf.megatron import fused
+from dcpo_openrlhf.policy.megatron import fused
 from dcpo_openrlhf.policy.rows import context_share
 from dcpo_openrlhf.recipe.memory import SHORT_ATTENTION
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcpo_openrlhf.checkpoint import FileSum, file_sum
-from dcpo_openrlhf.megatron.step import PolicyStep
+from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
 # One tensor of each parameter's own shape, gathered over gloo on the first data rank: any mesh loads it.
 _FORMAT = {

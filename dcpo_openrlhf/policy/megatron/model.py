@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dcpo_openrlhf.megatron import names
-from dcpo_openrlhf.megatron.fused import SwiGLU
-from dcpo_openrlhf.megatron.layers import PackedAttention, RMSNorm
-from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
+from dcpo_openrlhf.policy.megatron import names
+from dcpo_openrlhf.policy.megatron.fused import SwiGLU
+from dcpo_openrlhf.policy.megatron.layers import PackedAttention, RMSNorm
+from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.megatron.step import PolicyStep
+from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
 
 class Offload:

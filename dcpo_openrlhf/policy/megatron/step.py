@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from dcpo_openrlhf.megatron.mesh import Mesh, tensor_group
-from dcpo_openrlhf.megatron.model import Policy
 from dcpo_openrlhf.policy import micro_batch
+from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
+from dcpo_openrlhf.policy.megatron.model import Policy
 from dcpo_openrlhf.policy.rows import Layout, Packed, Rows, micro_batches
 from dcpo_openrlhf.recipe.schema import Loss, Optimizer
 
