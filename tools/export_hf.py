@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dcpo_openrlhf import checkpoint
+from dcpo_openrlhf.policy.deepspeed import CHECKPOINT_FOLDER
 from dcpo_openrlhf.policy.hf_folder import write_hf_folder
 from dcpo_openrlhf.policy.megatron import names
-from dcpo_openrlhf.zero import CHECKPOINT_FOLDER
 
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.experts."
 

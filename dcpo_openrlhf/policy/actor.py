@@ -20,12 +20,12 @@ from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
+    from dcpo_openrlhf.policy.deepspeed.checkpoint import ZeroCheckpoint
+    from dcpo_openrlhf.policy.deepspeed.memory import ZeroOffload
+    from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
     from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
     from dcpo_openrlhf.policy.megatron.memory import Offload
     from dcpo_openrlhf.policy.megatron.step import PolicyStep
-    from dcpo_openrlhf.zero.checkpoint import ZeroCheckpoint
-    from dcpo_openrlhf.zero.memory import ZeroOffload
-    from dcpo_openrlhf.zero.step import ZeroStep
 
 
 class PolicyActor(BaseModelActor):
@@ -241,35 +241,35 @@ class ZeroActorBase(PolicyActor):
     step: "ZeroStep"
 
     def _build(self, recipe: Recipe) -> tuple[type, Any]:
-        from dcpo_openrlhf.zero.model import build_policy
-        from dcpo_openrlhf.zero.step import ZeroStep
+        from dcpo_openrlhf.policy.deepspeed.model import build_policy
+        from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
 
         return ZeroStep, build_policy(recipe)
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        from dcpo_openrlhf.zero.model import hf_shapes
+        from dcpo_openrlhf.policy.deepspeed.model import hf_shapes
 
         return hf_shapes(self.step.policy)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from dcpo_openrlhf.zero.model import hf_tensors
+        from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
 
         return hf_tensors(self.step.policy)
 
     def scale_weights(self, factor: float) -> None:
-        from dcpo_openrlhf.zero.model import scale_weights
+        from dcpo_openrlhf.policy.deepspeed.model import scale_weights
 
         scale_weights(self.step.policy, factor)
 
     @cached_property
     def checkpoint(self) -> "ZeroCheckpoint":
-        from dcpo_openrlhf.zero.checkpoint import ZeroCheckpoint
+        from dcpo_openrlhf.policy.deepspeed.checkpoint import ZeroCheckpoint
 
         return ZeroCheckpoint(self.step)
 
     @cached_property
     def _offload(self) -> "ZeroOffload":
-        from dcpo_openrlhf.zero.memory import ZeroOffload
+        from dcpo_openrlhf.policy.deepspeed.memory import ZeroOffload
 
         return ZeroOffload(self.step)
 

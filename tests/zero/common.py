@@ -25,8 +25,8 @@ def make_recipe(path: Path, *, world_size: int, stage: int = 2, dtype: str = "fp
 def make_step(recipe: Recipe, *, total_updates: int = 10) -> Any:
     """This rank's ZeroStep; called in a rank of `run_distributed`, whose process group it joins."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used: the group is there
-    from dcpo_openrlhf.zero.model import build_policy
-    from dcpo_openrlhf.zero.step import ZeroStep
+    from dcpo_openrlhf.policy.deepspeed.model import build_policy
+    from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
 
     return ZeroStep(
         build_policy(recipe),

@@ -32,14 +32,14 @@ def _update(step: Any, seeds: tuple[int, ...]) -> list[dict[str, float]]:
 
 
 def _weights(step: Any) -> dict[str, torch.Tensor]:
-    from dcpo_openrlhf.zero.model import hf_tensors
+    from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
 
     return {name: value.clone() for name, value in hf_tensors(step.policy)}
 
 
 def _save_and_load(rank: int, world_size: int, model: Path, folder: Path, stage: int, dtype: str) -> dict[str, Any]:
     """Weights at the save, then (metrics, weights, a random number) of the run that went on and of the resumed one."""
-    from dcpo_openrlhf.zero.checkpoint import ZeroCheckpoint
+    from dcpo_openrlhf.policy.deepspeed.checkpoint import ZeroCheckpoint
 
     recipe = make_recipe(model, world_size=world_size, stage=stage, dtype=dtype, optimizer={"schedule": "cosine"})
     step = make_step(recipe)
@@ -86,7 +86,7 @@ def test_resumed_updates_are_those_of_the_run_bit_for_bit_and_the_export_loads(
 
 def _away_and_back(rank: int, world_size: int, model: Path) -> tuple[list[Any], list[Any]]:
     """Metrics of updates, without and with the engine in host memory between them."""
-    from dcpo_openrlhf.zero.memory import ZeroOffload
+    from dcpo_openrlhf.policy.deepspeed.memory import ZeroOffload
 
     results = []
     for moves in (False, True):

@@ -72,7 +72,7 @@ def _zero(rank: int, world_size: int, models: dict[str, Path], names: list[str])
     """{run: what `_megatron` gives, statistics of this rank's rows alone}."""
     from deepspeed.utils import safe_get_full_grad
 
-    from dcpo_openrlhf.zero.model import hf_tensors
+    from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
 
     results = {}
     for name in names:
@@ -161,8 +161,8 @@ def test_updates_and_statistics_are_megatrons(
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rate_is_megatrons(schedule: Any, warmup: int) -> None:
+    from dcpo_openrlhf.policy.deepspeed.step import learning_rate
     from dcpo_openrlhf.policy.megatron.step import _schedule
-    from dcpo_openrlhf.zero.step import learning_rate
 
     o = Optimizer(learning_rate=1e-3, min_learning_rate=1e-4, schedule=schedule, warmup_updates=warmup)
     group = {"lr": 0.0, "weight_decay": 0.0, "max_lr": 1e-3, "min_lr": 1e-4}
@@ -184,7 +184,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 for module in ("model", "step", "checkpoint", "memory"):
-    importlib.import_module(f"dcpo_openrlhf.zero.{module}")
+    importlib.import_module(f"dcpo_openrlhf.policy.deepspeed.{module}")
 for module in ("actor", "trainer", "train_dcpo", "weight_sync.source"):
     importlib.import_module(f"dcpo_openrlhf.{module}")
 importlib.import_module("tools.export_hf")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.checkpoint import FileSum
-from dcpo_openrlhf.zero import CHECKPOINT_FOLDER
-from dcpo_openrlhf.zero.step import ZeroStep
+from dcpo_openrlhf.policy.deepspeed import CHECKPOINT_FOLDER
+from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
 
 
 class ZeroCheckpoint:

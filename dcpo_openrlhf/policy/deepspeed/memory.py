@@ -1,6 +1,6 @@
 """The engine's weights and optimizer state moved to host memory while a colocated engine generates, and back."""
 
-from dcpo_openrlhf.zero.step import ZeroStep
+from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
 
 
 class ZeroOffload:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.policy import micro_batch
+from dcpo_openrlhf.policy.deepspeed.model import ZeroPolicy
 from dcpo_openrlhf.policy.rows import Packed, Rows, micro_batches
 from dcpo_openrlhf.recipe.schema import Loss, Optimizer
-from dcpo_openrlhf.zero.model import ZeroPolicy
 
 
 class ZeroStep:
