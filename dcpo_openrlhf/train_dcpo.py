@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from dcpo_openrlhf import checkpoint, local_ray, signals
+from dcpo_openrlhf import local_ray, signals
 from dcpo_openrlhf.monitor.causes import MonitorStop
-from dcpo_openrlhf.recipe import preflight
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe import preflight, resume
+from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from dcpo_openrlhf.rollout import tasks
 from dcpo_openrlhf.signals import Interrupted
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     log_to(sys.stdout)
     try:
-        recipe = checkpoint.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
+        recipe = resume.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
             if not lacking:
@@ -85,10 +86,10 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     """
     tokenizer = _tokenizer(recipe)
     prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
-    point = checkpoint.resume_point(recipe)
+    point = resume.resume_point(recipe)
     if point is not None:
         prompts.load_state_dict(point.state()["prompts"])
-    checkpoint.prepare_run_folder(recipe, point)
+    resume.prepare_run_folder(recipe, point)
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
         local_ray.raise_bounds()  # Ray reads them when it is imported
         with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.policy.actor"):

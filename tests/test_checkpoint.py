@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dcpo_openrlhf import checkpoint
-from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole, prepare_run_folder, resume_point
+from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole
+from dcpo_openrlhf.recipe.resume import MAY_DIFFER, _flat, differences, prepare_run_folder, resume_point
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 
@@ -237,12 +238,12 @@ def test_a_checkpoint_from_before_the_backends_is_megatrons(tmp_path: Path) -> N
     recipe = make_recipe(tmp_path)
     saved = recipe.model_dump(mode="json")
     del saved["parallel"]["backend"], saved["parallel"]["zero_stage"]
-    assert checkpoint.differences(saved, recipe)[0] == []
+    assert differences(saved, recipe)[0] == []
 
 
 def test_every_key_that_may_differ_is_a_key_of_the_recipe(tmp_path: Path) -> None:
-    known = checkpoint._flat(make_recipe(tmp_path).model_dump(mode="json"))
-    for name in checkpoint.MAY_DIFFER:
+    known = _flat(make_recipe(tmp_path).model_dump(mode="json"))
+    for name in MAY_DIFFER:
         assert name in known or (name.endswith(".") and any(key.startswith(name) for key in known)), name
 
 

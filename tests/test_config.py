@@ -6,7 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, _rules, load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe.rules import rules
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}
@@ -337,10 +339,10 @@ def test_rule_between_fields(overrides: list[str], said: list[str], tmp_path: Pa
 
 def test_every_rule_between_fields_has_a_case_above(tmp_path: Path) -> None:
     recipe = load(tmp_path)
-    assert all(holds for holds, _ in _rules(recipe))
+    assert all(holds for holds, _ in rules(recipe))
     messages = [refused(tmp_path, MINIMAL, *overrides) for overrides, _ in RULES]
     # a rule is known by its words up to the first value
-    first_words = [" ".join(text.split(" ")[:2]) for _, text in _rules(recipe)]
+    first_words = [" ".join(text.split(" ")[:2]) for _, text in rules(recipe)]
     assert len(RULES) == len(first_words)
     assert all(any(words in message for message in messages) for words in first_words)
 

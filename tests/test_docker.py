@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from dcpo_openrlhf.recipe import preflight
-from dcpo_openrlhf.recipe.schema import load_recipe
+from dcpo_openrlhf.recipe.load import load_recipe
 from tests.bounds import HANG_S
 
 ROOT = Path(__file__).parent.parent

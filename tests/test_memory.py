@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dcpo_openrlhf.recipe import memory, processor
+from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import GIB, Sizes
-from dcpo_openrlhf.recipe.schema import Recipe, load_recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tools.smollm2 import default_output

@@ -22,7 +22,8 @@ from dcpo_openrlhf.monitor import statistics as monitor
 from dcpo_openrlhf.monitor.causes import CAUSES, Alert, MonitorStop
 from dcpo_openrlhf.monitor.sinks import MetricsLog, progress_line
 from dcpo_openrlhf.monitor.statistics import METRICS, Monitor, batch_metrics, unknown_metrics
-from dcpo_openrlhf.recipe.schema import Recipe, load_recipe
+from dcpo_openrlhf.recipe.load import load_recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import DCPOTrainer

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf import checkpoint
-from dcpo_openrlhf.recipe import preflight, processor
-from dcpo_openrlhf.recipe.schema import Recipe, load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe import preflight, processor, resume
+from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
+from dcpo_openrlhf.recipe.schema import Recipe
 from tests.test_checkpoint import make_folder, save
 from tests.tiny import make_tiny_model
 
@@ -81,15 +81,15 @@ def test_a_resume_keeps_the_checkpoints(native, tmp_path: Path) -> None:
         update={"checkpoint": make_recipe(tmp_path).checkpoint.model_copy(update={"resume": "auto"})}
     )
     assert resuming.model.dtype == "bf16"
-    kept = checkpoint.keep_dtype(resuming)
+    kept = resume.keep_dtype(resuming)
     assert kept.model.dtype == "fp32"
-    point = checkpoint.resume_point(kept)
+    point = resume.resume_point(kept)
     assert point is not None and point.step == 3
     # what is given is not overruled, and another run's choice is refused
     given = resuming.model_copy(update={"model": make_recipe(tmp_path, dtype="bf16").model})
-    assert checkpoint.keep_dtype(given) == given
+    assert resume.keep_dtype(given) == given
     with pytest.raises(ValueError, match=r"model.dtype: 'fp32' -> 'bf16'"):
-        checkpoint.resume_point(given)
+        resume.resume_point(given)
 
 
 def test_bf16_where_it_is_emulated_is_a_hint_with_its_price(native, tmp_path: Path, monkeypatch) -> None:

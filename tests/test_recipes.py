@@ -10,7 +10,8 @@ import yaml
 
 from dcpo_openrlhf.objectives import METHODS
 from dcpo_openrlhf.recipe import memory, preflight
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe
+from dcpo_openrlhf.recipe.load import load_recipe
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "model_configs"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcpo_openrlhf import checkpoint, local_ray, train_dcpo
-from dcpo_openrlhf.recipe.schema import load_recipe
+from dcpo_openrlhf.recipe.load import load_recipe
 from tests.bounds import ENDS_S, HANG_S
 from tests.tiny import make_tiny_model
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dcpo_openrlhf import signals, train_dcpo
-from dcpo_openrlhf.recipe.schema import load_recipe
+from dcpo_openrlhf.recipe.load import load_recipe
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[1]

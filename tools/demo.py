@@ -25,7 +25,8 @@ import psutil
 from ray.job_submission import JobSubmissionClient
 
 from dcpo_openrlhf.local_ray import START_ATTEMPTS, START_BOUNDS, adopt_orphans, descendants, end_descendants
-from dcpo_openrlhf.recipe.schema import RecipeError, load_recipe
+from dcpo_openrlhf.recipe.load import load_recipe
+from dcpo_openrlhf.recipe.schema import RecipeError
 from tools.smollm2 import default_output, ensure_smollm2
 
 T = TypeVar("T")

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dcpo_openrlhf import checkpoint
-from dcpo_openrlhf.recipe import preflight, processor
+from dcpo_openrlhf.recipe import preflight, processor, resume
+from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import GIB
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, load_recipe
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from dcpo_openrlhf.rollout.tasks import Prompt
 from dcpo_openrlhf.signals import Interrupted
 from dcpo_openrlhf.train_dcpo import log_to, started
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     log_to(sys.stderr)
     try:
-        recipe = checkpoint.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
+        recipe = resume.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,20 +12,10 @@ from typing import Any
 
 import torch
 
-from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.objectives import METHODS
-from dcpo_openrlhf.policy.megatron.names import ARCHITECTURES, ROPE_TYPES
-from dcpo_openrlhf.recipe import memory, processor
+from dcpo_openrlhf.recipe import memory, model_config, processor, resume
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
-_SIZES = (
-    "num_attention_heads",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "vocab_size",
-)
 TESTED = {
     "torch": "2.13.0",
     "deepspeed": "0.19.6",
@@ -37,16 +27,6 @@ TESTED = {
 }
 """Versions that pyproject.toml pins, or OpenRLHF (deepspeed)."""
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
-_IMPLEMENTED = {
-    # keys of config.json whose other values would train another model than the engine serves
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 
 
 def check(recipe: Recipe, *, dry_run: bool = False) -> list[str]:
@@ -179,19 +159,19 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"{config} cannot be read as JSON: {error}; download the model again"
         return
-    if not isinstance(hf, dict) or hf.get("model_type") not in ARCHITECTURES:
+    if not isinstance(hf, dict) or hf.get("model_type") not in model_config.ARCHITECTURES:
         seen = hf.get("model_type") if isinstance(hf, dict) else hf
-        yield f"model_type = {seen!r} in {config} is not supported; use one of {', '.join(ARCHITECTURES)}"
+        yield f"model_type = {seen!r} in {config} is not supported; use one of {', '.join(model_config.ARCHITECTURES)}"
         return
     if "num_local_experts" in hf:  # what transformers 5 writes for it
         hf.setdefault("num_experts", hf["num_local_experts"])
-    sizes = _SIZES + (("num_experts", "moe_intermediate_size") if hf["model_type"].endswith("moe") else ())
+    sizes = model_config.SIZES + (("num_experts", "moe_intermediate_size") if hf["model_type"].endswith("moe") else ())
     missing = [name for name in sizes if not isinstance(hf.get(name), int)]
     if missing:
         yield f"{config} has no {', '.join(missing)}; complete it from the model's source"
         return
-    divided = list(_divisibility(recipe, hf))
-    yield from (*_features(hf, config), *divided, *_context(recipe, hf))
+    divided = list(model_config.divisibility(recipe, hf))
+    yield from (*model_config.features(hf, config), *divided, *model_config.context(recipe, hf))
     if not divided:  # a mesh that does not fit the model has no memory to speak of
         yield from memory.violations(memory.Sizes.of(hf), recipe)
 
@@ -273,68 +253,6 @@ def _same(found: str | None, tested: str) -> bool:
     return found is not None and found.partition("+")[0] == tested
 
 
-def _features(hf: dict[str, Any], config: Path) -> Iterator[str]:
-    for name, value in _IMPLEMENTED.items():
-        if hf.get(name, value) != value:
-            yield f"{name} = {hf[name]!r} in {config} is not implemented, only {value!r}; use another model"
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        yield f"rope_type = {kind!r} in {config} is not implemented, only {', '.join(ROPE_TYPES)}; use another model"
-    if rope.get("attention_factor") is not None:
-        yield (
-            f"attention_factor = {rope['attention_factor']!r} in {config} is not implemented: it is derived from "
-            "factor; remove it or use another model"
-        )
-
-
-def _divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
-    p = recipe.parallel
-    heads, experts = hf["num_attention_heads"], hf.get("num_experts")
-    counts = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
-    width = "moe_intermediate_size" if experts else "intermediate_size"
-    cut = {width: hf[width]}  # experts that are shared out stay whole in the trainer, never in the engine
-    for key, tensor, sizes in (
-        ("parallel.tensor", p.tensor, counts | (cut if p.expert == 1 else {})),
-        ("rollout.tensor_parallel", recipe.rollout.tensor_parallel, counts | cut),
-    ):
-        allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in sizes.values()))
-        for name, count in sizes.items():
-            # vLLM gives each rank a copy where there are more ranks than key/value heads
-            copied = key.startswith("rollout") and name == "num_key_value_heads" and tensor % count == 0
-            if count % tensor and not copied:
-                yield f"{key} = {tensor} must divide {name} = {count}; this model allows {allowed}"
-    layers, chunks = hf["num_hidden_layers"], p.pipeline * p.virtual_pipeline
-    if layers % chunks:
-        yield (
-            f"parallel.pipeline * virtual_pipeline = {p.pipeline} * {p.virtual_pipeline} must divide "
-            f"num_hidden_layers = {layers}; lower one of them"
-        )
-    if experts and p.backend == "deepspeed":
-        yield (
-            f"parallel.backend = deepspeed trains dense models only, got model_type = {hf['model_type']!r}: "
-            "transformers keeps experts under other names than the engine loads; set backend = megatron"
-        )
-    if not experts and p.expert > 1:
-        yield f"parallel.expert = {p.expert} needs a model with experts, got model_type = {hf['model_type']!r}; set 1"
-    if experts and experts % p.expert:
-        yield f"parallel.expert = {p.expert} must divide num_experts = {experts}; lower it"
-    if experts and p.tensor > 1 and not p.sequence_parallel:
-        yield (
-            f"parallel.tensor = {p.tensor} of a model with experts needs parallel.sequence_parallel = true: "
-            "megatron-core trains them no other way; set it"
-        )
-
-
-def _context(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
-    r, longest = recipe.rollout, hf["max_position_embeddings"]
-    if r.context > longest:
-        yield (
-            f"rollout.max_prompt_tokens + max_new_tokens = {r.max_prompt_tokens} + {r.max_new_tokens} = {r.context} "
-            f"exceeds the model's max_position_embeddings = {longest}; lower one of them"
-        )
-
-
 def _run_folder(recipe: Recipe) -> Iterator[str]:
     folder = recipe.run.dir
     nearest = _nearest(folder)
@@ -359,7 +277,7 @@ def _continues(recipe: Recipe) -> bool:
 
 def _resume(recipe: Recipe) -> Iterator[str]:
     try:
-        checkpoint.resume_point(recipe, quick=True)
+        resume.resume_point(recipe, quick=True)
     except RecipeError as error:
         yield str(error)
 

@@ -215,7 +215,7 @@ def _peak(device: str, path: Path, layers: str, recompute: str, tokens: int) -> 
     """Bytes that one update of full rows holds at most, over those that memory.py expects without its reserve."""
     from dcpo_openrlhf.policy.rows import Rows
     from dcpo_openrlhf.recipe import memory
-    from dcpo_openrlhf.recipe.schema import load_recipe
+    from dcpo_openrlhf.recipe.load import load_recipe
 
     root = Path(__file__).parents[2]
     overrides = [f"model.path={path}", f"model.layers={layers}", f"train.recompute={recompute}"]

@@ -28,6 +28,7 @@ from dcpo_openrlhf.policy.megatron import names
 from dcpo_openrlhf.policy.megatron.fused import SwiGLU
 from dcpo_openrlhf.policy.megatron.layers import PackedAttention, RMSNorm
 from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
+from dcpo_openrlhf.recipe.model_config import ARCHITECTURES, ROPE_TYPES
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -83,9 +84,9 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
 
     Raises ValueError for another architecture or a sliding window.
     """
-    if hf.model_type not in names.ARCHITECTURES:
+    if hf.model_type not in ARCHITECTURES:
         raise ValueError(
-            f"model_type = {hf.model_type!r} is not one of {', '.join(names.ARCHITECTURES)}; "
+            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; "
             "add its names to megatron/names.py"
         )
     if getattr(hf, "use_sliding_window", False):
@@ -334,8 +335,8 @@ def _head_dim(hf: Any) -> int:
 def _rope_type(hf: Any) -> str:
     """Raises ValueError for a kind that trainer and engine would not compute alike."""
     kind = hf.rope_parameters.get("rope_type", "default")
-    if kind not in names.ROPE_TYPES:
-        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(names.ROPE_TYPES)}; change it in config.json")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(ROPE_TYPES)}; change it in config.json")
     return kind
 
 

@@ -10,11 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Values of model_type in config.json whose tensors the table names."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that trainer and engine compute alike: vLLM's dynamic scales short sequences too, transformers' does not."""
-
 
 @dataclass(frozen=True)
 class Shape:

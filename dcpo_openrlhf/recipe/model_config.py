@@ -1,0 +1,95 @@
+"""Which models are trained: the one list of what a config.json may say, and what the recipe asks of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dcpo_openrlhf.recipe.schema import Recipe
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""Values of model_type in config.json whose tensors the table names."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those that trainer and engine compute alike: vLLM's dynamic scales short sequences too, transformers' does not."""
+
+SIZES = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+)
+
+
+IMPLEMENTED = {
+    # keys of config.json whose other values would train another model than the engine serves
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
+    for name, value in IMPLEMENTED.items():
+        if hf.get(name, value) != value:
+            yield f"{name} = {hf[name]!r} in {config} is not implemented, only {value!r}; use another model"
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        yield f"rope_type = {kind!r} in {config} is not implemented, only {', '.join(ROPE_TYPES)}; use another model"
+    if rope.get("attention_factor") is not None:
+        yield (
+            f"attention_factor = {rope['attention_factor']!r} in {config} is not implemented: it is derived from "
+            "factor; remove it or use another model"
+        )
+
+
+def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
+    p = recipe.parallel
+    heads, experts = hf["num_attention_heads"], hf.get("num_experts")
+    counts = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
+    width = "moe_intermediate_size" if experts else "intermediate_size"
+    cut = {width: hf[width]}  # experts that are shared out stay whole in the trainer, never in the engine
+    for key, tensor, sizes in (
+        ("parallel.tensor", p.tensor, counts | (cut if p.expert == 1 else {})),
+        ("rollout.tensor_parallel", recipe.rollout.tensor_parallel, counts | cut),
+    ):
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in sizes.values()))
+        for name, count in sizes.items():
+            # vLLM gives each rank a copy where there are more ranks than key/value heads
+            copied = key.startswith("rollout") and name == "num_key_value_heads" and tensor % count == 0
+            if count % tensor and not copied:
+                yield f"{key} = {tensor} must divide {name} = {count}; this model allows {allowed}"
+    layers, chunks = hf["num_hidden_layers"], p.pipeline * p.virtual_pipeline
+    if layers % chunks:
+        yield (
+            f"parallel.pipeline * virtual_pipeline = {p.pipeline} * {p.virtual_pipeline} must divide "
+            f"num_hidden_layers = {layers}; lower one of them"
+        )
+    if experts and p.backend == "deepspeed":
+        yield (
+            f"parallel.backend = deepspeed trains dense models only, got model_type = {hf['model_type']!r}: "
+            "transformers keeps experts under other names than the engine loads; set backend = megatron"
+        )
+    if not experts and p.expert > 1:
+        yield f"parallel.expert = {p.expert} needs a model with experts, got model_type = {hf['model_type']!r}; set 1"
+    if experts and experts % p.expert:
+        yield f"parallel.expert = {p.expert} must divide num_experts = {experts}; lower it"
+    if experts and p.tensor > 1 and not p.sequence_parallel:
+        yield (
+            f"parallel.tensor = {p.tensor} of a model with experts needs parallel.sequence_parallel = true: "
+            "megatron-core trains them no other way; set it"
+        )
+
+
+def context(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
+    r, longest = recipe.rollout, hf["max_position_embeddings"]
+    if r.context > longest:
+        yield (
+            f"rollout.max_prompt_tokens + max_new_tokens = {r.max_prompt_tokens} + {r.max_new_tokens} = {r.context} "
+            f"exceeds the model's max_position_embeddings = {longest}; lower one of them"
+        )

@@ -1,0 +1,177 @@
+"""Which run a recipe continues: the checkpoint that it names, what may differ from it, and the run folder cut back.
+
+What a resumed run takes back lies in <run folder>/cut/NNN/.
+"""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dcpo_openrlhf.checkpoint import STEP_NAME, Checkpoint, damage, newest_whole
+from dcpo_openrlhf.recipe.load import resolved_yaml
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+
+MAY_DIFFER = (
+    # where a run happens, how long things may take, what is kept: none of it is in the numbers
+    "run.dir",
+    "run.ray_address",
+    "run.logical_devices",
+    "run.worker_logs",
+    "run.startup_timeout",
+    "run.shutdown_timeout",
+    "model.path",
+    "model.config",
+    "reward.workers",
+    "parallel.",
+    "rollout.engines",
+    "rollout.tensor_parallel",
+    "rollout.gpu_memory_utilization",
+    "rollout.max_sequences",
+    "rollout.cpu_kv_cache_gb",
+    "rollout.cpu_threads",
+    "rollout.timeout",
+    "rollout.record",
+    "rollout.replay",
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.recompute",
+    "weight_sync.",
+    "evaluation.every",
+    "checkpoint.",
+    "monitor.",
+    "estimate.",
+)
+"""Keys, or sections, in which a resumed run may differ from its checkpoint's recipe."""
+
+
+_DEEPSPEED_FILES = ("parallel.zero_stage", "parallel.nodes", "parallel.devices_per_node")
+"""What DeepSpeed's files of a rank belong to: another stage or number of ranks cannot read them."""
+
+
+def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` names, verified; None where the run starts from its beginning.
+
+    Raises RecipeError for a named checkpoint that is damaged, or a recipe that would continue another run.
+    """
+    if recipe.checkpoint.resume == "never":
+        return None
+    found = _found(recipe, quick=quick)
+    if found is None:
+        return None
+    refused, tolerated = differences(found.state()["recipe"], recipe)
+    if refused:
+        raise RecipeError(
+            f"{found.path} belongs to another recipe; set these back or start a new run.dir:\n"
+            + "\n".join(f"    {line}" for line in refused)
+        )
+    if found.step >= recipe.train.steps:
+        raise RecipeError(
+            f"{found.path} is at step {found.step} and train.steps = {recipe.train.steps}: nothing is left to do; "
+            "raise train.steps"
+        )
+    if not quick:
+        logger.info("resuming after step %d from %s", found.step, found.path)
+        for line in tolerated:
+            logger.info("  differs from the checkpoint: %s", line)
+    return found
+
+
+def keep_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with the checkpoint's model.dtype where it resumes one and left the choice to the machine (auto)."""
+    if not recipe.chose_dtype or recipe.checkpoint.resume == "never":
+        return recipe
+    try:
+        found = _found(recipe, quick=True)
+    except RecipeError:  # told by the preflight
+        return recipe
+    return recipe if found is None else recipe.with_dtype(found.state()["recipe"]["model"]["dtype"])
+
+
+def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` names; RecipeError for one that is damaged."""
+    resume = recipe.checkpoint.resume
+    if resume == "auto":
+        return newest_whole(recipe.run.dir / "checkpoints", quick=quick)
+    return _named(Path(resume), quick)
+
+
+def _named(path: Path, quick: bool) -> Checkpoint:
+    match = STEP_NAME.fullmatch(path.name)
+    if not match or not path.is_dir():
+        raise RecipeError(
+            f"checkpoint.resume = {path} is not a checkpoint (a folder step_NNNNNN); name one, or use auto or never"
+        )
+    if wrong := damage(path, quick=quick):
+        raise RecipeError(f"checkpoint.resume = {path} is damaged: {wrong}; name another, or use auto")
+    return Checkpoint(path, int(match[1]))
+
+
+def differences(saved: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[str]]:
+    """("key: saved -> now" of those that would change the run, the same of those that may differ)."""
+    # a checkpoint from before this key is megatron-core's
+    old, new = {"parallel.backend": "megatron"} | _flat(saved), _flat(recipe.model_dump(mode="json"))
+    lines: tuple[list[str], list[str]] = ([], [])
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            lines[_may_differ(key, recipe)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return lines
+
+
+def _may_differ(key: str, recipe: Recipe) -> bool:
+    if key == "train.steps":  # the other schedules end at the last update
+        return recipe.optimizer.schedule == "constant"
+    if key in _DEEPSPEED_FILES and recipe.parallel.backend == "deepspeed":
+        return False
+    if key == "parallel.backend":
+        return False
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_DIFFER)
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
+
+
+def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
+    """A run folder that holds nothing beyond the checkpoint's step; what it held is moved to cut/NNN/, nothing is lost.
+
+    Rows of *.jsonl whose step is above the checkpoint's (and a torn last line), samples and checkpoints of later steps,
+    and the recipe that was in force.
+    """
+    folder, last = recipe.run.dir, point.step if point else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.checkpoint.resume != "never" and (folder / "recipe.yaml").exists():
+        cut = folder / "cut" / f"{len(list((folder / 'cut').glob('*'))) + 1:03d}"
+        cut.mkdir(parents=True)
+        shutil.copy2(folder / "recipe.yaml", cut)
+        for file in folder.glob("*.jsonl"):
+            _cut_rows(file, cut / file.name, last)
+        for later in [*folder.glob("samples/*_*"), *folder.glob("checkpoints/step_*")]:
+            if int(re.findall(r"\d+", later.name)[0]) > last:
+                (cut / later.parent.name).mkdir(exist_ok=True)
+                later.rename(cut / later.parent.name / later.name)
+    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
+
+
+def _cut_rows(file: Path, side: Path, last: int) -> None:
+    """Rows up to step `last` stay in `file`; the others go to `side`."""
+    kept, cut = [], []
+    for line in file.read_bytes().splitlines(keepends=True):
+        (kept if _step_of(line) <= last else cut).append(line)
+    if cut:
+        side.write_bytes(b"".join(cut))
+        aside = file.with_name(f".{file.name}.partial")
+        aside.write_bytes(b"".join(kept))
+        aside.rename(file)
+
+
+def _step_of(line: bytes) -> float:
+    """The row's step; infinity for a line that a kill tore apart."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,164 @@
+"""The rules between fields of a recipe: what no single field can break alone."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dcpo_openrlhf.recipe.schema import Recipe
+
+
+def rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """(does the rule hold, what to say if not) for each rule between fields."""
+    return [*_step_rules(r), *_mesh_rules(r), *_device_rules(r), *_backend_rules(r)]
+
+
+def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """What a step takes and makes: prompts, responses, micro-batches, evaluation."""
+    p, t = r.parallel, r.train
+    rows, data = t.prompts_per_update * t.group_size, max(p.data, 1)
+    multiple = 2 * p.context if p.context > 1 else 1
+    longest = -(-r.rollout.context // multiple) * multiple
+    return [
+        (
+            t.group_size >= 2,
+            f"train.group_size = {t.group_size} must be at least 2: the advantage of a group of one is undefined; "
+            "raise it (8 in the paper)",
+        ),
+        (
+            t.prompts_per_step % t.prompts_per_update == 0,
+            f"train.prompts_per_step = {t.prompts_per_step} must be a multiple of "
+            f"train.prompts_per_update = {t.prompts_per_update}; change one of them",
+        ),
+        (
+            rows % data == 0,
+            f"train.prompts_per_update * group_size = {t.prompts_per_update} * {t.group_size} = {rows} rows "
+            f"must divide evenly over {data} data-parallel ranks; change prompts_per_update or the mesh",
+        ),
+        (
+            r.evaluation.temperature > 0 or r.evaluation.samples == 1,
+            f"evaluation.samples = {r.evaluation.samples} at evaluation.temperature = 0 repeat one answer; "
+            "use samples = 1 or a temperature above 0",
+        ),
+        (
+            r.rollout.replay is None or not (t.rollout_only or r.rollout.record),
+            "rollout.replay reads recorded responses: train.rollout_only and rollout.record have no use; unset them",
+        ),
+        (
+            not t.rollout_only or r.checkpoint.resume == "never",
+            "train.rollout_only has nothing to resume: its policy is the model; set checkpoint.resume=never",
+        ),
+        (
+            t.micro_batch_tokens is None or t.micro_batch_tokens >= longest,
+            f"train.micro_batch_tokens = {t.micro_batch_tokens} must hold the longest response: "
+            f"rollout.max_prompt_tokens + max_new_tokens = {r.rollout.context}"
+            + (f", filled up to {longest} for parallel.context = {p.context}" if p.context > 1 else "")
+            + "; raise it",
+        ),
+        (
+            r.task.kind != "jsonl" or r.task.train is not None,
+            "task.kind = jsonl needs task.train, a JSONL file of problems; name one or set task.kind=arithmetic",
+        ),
+        (
+            r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
+            f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; "
+            "use linear or cosine, or leave it at 0",
+        ),
+    ]
+
+
+def _mesh_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """Ranks, and the devices that engines share with them."""
+    p = r.parallel
+    split = p.tensor * p.pipeline * p.context
+    return [
+        (
+            p.world_size % split == 0,
+            f"parallel.tensor * pipeline * context = {p.tensor} * {p.pipeline} * {p.context} = {split} must divide "
+            f"nodes * devices_per_node = {p.nodes} * {p.devices_per_node} = {p.world_size}; lower one of them",
+        ),
+        (
+            p.expert == 1 or p.world_size % (p.expert * p.pipeline) == 0,
+            f"parallel.expert * pipeline = {p.expert} * {p.pipeline} must divide nodes * devices_per_node = "
+            f"{p.nodes} * {p.devices_per_node} = {p.world_size}; lower one of them",
+        ),
+        (
+            p.virtual_pipeline == 1 or p.pipeline > 1,
+            f"parallel.virtual_pipeline = {p.virtual_pipeline} needs parallel.pipeline > 1, got {p.pipeline}; "
+            "raise pipeline or leave it at 1",
+        ),
+        (
+            not p.sequence_parallel or p.tensor > 1,
+            f"parallel.sequence_parallel needs parallel.tensor > 1, got {p.tensor}; turn it off or raise tensor",
+        ),
+        (
+            not p.colocate or r.rollout.engines * r.rollout.tensor_parallel <= p.world_size,
+            f"parallel.colocate puts rollout.engines * tensor_parallel = {r.rollout.engines} * "
+            f"{r.rollout.tensor_parallel} on {p.world_size} training devices; lower one of them",
+        ),
+        (
+            not p.colocate or (r.generates and not r.train.rollout_only),
+            "parallel.colocate needs both training and engines; unset it, rollout.replay or train.rollout_only",
+        ),
+    ]
+
+
+def _device_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """What needs cuda, or one node."""
+    p = r.parallel
+    return [
+        (
+            r.optimizer.cpu_offload == 0 or r.run.device == "cuda",
+            f"optimizer.cpu_offload = {r.optimizer.cpu_offload} needs run.device = cuda: on cpu it is all "
+            "in host memory already; set 0",
+        ),
+        (
+            r.run.device == "cpu" or r.transport in ("nccl", "ipc"),
+            f"weight_sync.transport = {r.transport} is for run.device = cpu; use nccl or ipc on cuda",
+        ),
+        (
+            r.run.device == "cuda" or r.transport in ("gloo", "shared_memory"),
+            f"weight_sync.transport = {r.transport} needs run.device = cuda; use gloo or shared_memory on cpu",
+        ),
+        (
+            r.transport != "shared_memory" or p.nodes == 1,
+            f"weight_sync.transport = shared_memory needs one node, got parallel.nodes = {p.nodes}; use gloo",
+        ),
+    ]
+
+
+def _backend_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """The same for parallel.backend: what only one of the two trainers can do."""
+    p, megatron = r.parallel, r.parallel.backend == "megatron"
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence_parallel")
+    split = {name: getattr(p, name) for name in names if getattr(p, name) != type(p).model_fields[name].default}
+    return [
+        (
+            not megatron or p.zero_stage == 2,
+            f"parallel.zero_stage = {p.zero_stage} needs parallel.backend = deepspeed, got megatron; "
+            "leave it at 2 or change the backend",
+        ),
+        (
+            megatron or not split,
+            "parallel.backend = deepspeed shards over the data ranks alone, got "
+            + ", ".join(f"parallel.{name} = {value}" for name, value in split.items())
+            + "; leave these at their defaults, or set backend = megatron",
+        ),
+        (
+            megatron or r.model.layers == "auto",
+            f"model.layers = {r.model.layers} is for parallel.backend = megatron: deepspeed trains transformers' own "
+            "layers; leave it at auto",
+        ),
+        (
+            megatron or r.train.recompute != "selective",
+            "train.recompute = selective is for parallel.backend = megatron; use none or full with deepspeed",
+        ),
+        (
+            megatron or r.optimizer.cpu_offload == 0,
+            f"optimizer.cpu_offload = {r.optimizer.cpu_offload} is for parallel.backend = megatron: DeepSpeed's own "
+            "needs a compiled optimizer; set 0, and zero_stage = 3 to save memory",
+        ),
+        (
+            megatron or not p.colocate or p.zero_stage == 2,
+            "parallel.colocate with parallel.zero_stage = 3: DeepSpeed moves that stage's optimizer to host memory "
+            "only where it is its compiled one; use zero_stage = 2",
+        ),
+    ]
