@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dcpo_openrlhf import objectives
+from dcpo_openrlhf import methods, objectives
 from dcpo_openrlhf.controller import ControllerDecision, EntropyController
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 from dcpo_openrlhf.rollout.checks import require_possible_statistics
@@ -94,7 +94,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         super().__init__(*args, **kwargs)
         self.recipe = self.strategy.recipe
         self.controller = controller
-        self.method = objectives.METHODS[self.recipe.method.name]
+        self.method = methods.METHODS[self.recipe.method.name]
         self.decision: ControllerDecision | None = None
 
         self.step = 0
@@ -160,7 +160,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         m, rewards, t = self.recipe.method, e.rewards, self.recipe.train
         alpha = self.decision.alpha if self.method.uses_alpha else 0.0
         e.target_ratio = objectives.target_ratio(old_logp=e.action_log_probs, tempered_logp=tempered_logp, mask=e.mask)
-        e.advantage_terms = objectives.method_advantage(
+        e.advantage_terms = methods.method_advantage(
             self.method,
             group_advantage=torch.zeros_like(rewards)
             if tempered
@@ -176,7 +176,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         )
         e.advantages = e.advantage_terms[0]
         e.entropy_coefficient = m.entropy_coefficient if self.method.entropy_gradient else 0.0
-        e.expected_weight = objectives.expected_weight(self.method, success=rewards, alpha=alpha, mixing=m.mixing)
+        e.expected_weight = methods.expected_weight(self.method, success=rewards, alpha=alpha, mixing=m.mixing)
         e.expected_temperature = self.decision.temperature if self.method.expected_regulariser else None
 
     def _add_tempered_rows(self, experiences: list[DCPOExperience]) -> None:
@@ -202,7 +202,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         assert self.decision is not None
         reward = torch.cat([sample.rewards for sample in drawn])
         m, group_size = self.recipe.method, self.recipe.train.group_size
-        chosen = objectives.aepo_rows(
+        chosen = methods.aepo_rows(
             group_advantage=objectives.group_advantage(reward=reward, group_size=group_size),
             above_target=self.decision.entropy > m.target_entropy,
             limit=m.aepo_max_rows,

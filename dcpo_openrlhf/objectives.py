@@ -1,4 +1,4 @@
-"""Objectives: advantages, target ratio and clipped surrogate as pure functions, and the table of methods.
+"""Objectives: advantages, target ratio and clipped surrogate as pure functions.
 
 Formulas: DCPO (arXiv 2601.12730, Eq. 7, 9, 10, Table 1) and its authors' code. No function here issues a collective:
 each returns sums and counts, and the caller reduces them once. Reading order follows the way of the data.
@@ -6,7 +6,7 @@ each returns sums and counts, and the caller reduces them once. Reading order fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 Mixing = Literal["convex", "additive"]
 Aggregation = Literal["sequence_mean", "token_mean"]
-RatioWeight = Literal["rho", "one", "inverse_rho"]
 
 Number: TypeAlias = float | int  # at run time, beartype does not let an int pass for a float
 # True or nonzero on the tokens that count; OpenRLHF's action masks come as bool, int or float.
@@ -258,210 +257,6 @@ def clipped_surrogate(
     )
     denominator = loss_denominator(mask=mask, aggregation=aggregation)
     return ClippedSurrogate(denominator=denominator, **{f.name: getattr(sums, f.name) for f in fields(sums)})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of methods: a new method is a row, plus at most one pure function
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixInputs:
-    """What a row's `mix` may read. Every tensor is [batch, time], so `mix` is elementwise."""
-
-    advantage: Float[Tensor, "batch time"]
-    """A_i of `group_advantage`."""
-    success: Float[Tensor, "batch time"]
-    """R_i in {0, 1}."""
-    ratio_weight: Float[Tensor, "batch time"]
-    """rho, 1, 1 / rho, or 0 for a row without regulariser."""
-    entropy: Float[Tensor, "batch time"] | None
-    """H_t [nats/token], exact, detached; None where no row reads it."""
-    tempered_rows: Bool[Tensor, "batch time"]
-    """True on rows sampled from pi_old^T."""
-    advantage_weight: Number
-    """Weight of A by `mixing_weights`."""
-    regulariser_weight: Number
-    """Weight of the regulariser by `mixing_weights`."""
-    entropy_adv_beta: Number
-    entropy_adv_kappa: Number
-
-
-Mix: TypeAlias = Callable[[MixInputs], tuple[Tensor, ...]]
-
-
-def _merged(x: MixInputs) -> tuple[Tensor, ...]:
-    """One surrogate: S(A + alpha weight R)."""
-    return (x.advantage_weight * x.advantage + x.regulariser_weight * x.ratio_weight * x.success,)
-
-
-def _merged_on_advantage(x: MixInputs) -> tuple[Tensor, ...]:
-    """One surrogate, the weight on A itself: S((1 + alpha weight) A)."""
-    return (x.advantage_weight * x.advantage + x.regulariser_weight * x.ratio_weight * x.advantage,)
-
-
-def _summed(x: MixInputs) -> tuple[Tensor, ...]:
-    """Two surrogates: S(A) + alpha S(weight R)."""
-    return (x.advantage_weight * x.advantage, x.regulariser_weight * x.ratio_weight * x.success)
-
-
-def _by_population(x: MixInputs) -> tuple[Tensor, ...]:
-    """S(A) on rows of pi_old, alpha S(weight R) on rows of pi_old^T: one advantage, since each row has one origin."""
-    regulariser = x.regulariser_weight * x.ratio_weight * x.success
-    return (torch.where(x.tempered_rows, regulariser, x.advantage_weight * x.advantage),)
-
-
-def _replaced_rows(x: MixInputs) -> tuple[Tensor, ...]:
-    """S(A), and REINFORCE with advantage 1 on the rows of pi_old^T that replaced others."""
-    return (torch.where(x.tempered_rows, torch.ones_like(x.advantage), x.advantage),)
-
-
-def _advantage_alone(x: MixInputs) -> tuple[Tensor, ...]:
-    """S(A); the regulariser enters the loss as a term of its own."""
-    return (x.advantage_weight * x.advantage,)
-
-
-def _entropy_shaped(x: MixInputs) -> tuple[Tensor, ...]:
-    """S(A + min(beta H_t, abs(A) / kappa)), H_t detached."""
-    if x.entropy is None:
-        raise ValueError("entropy_adv needs the entropy of every token, got None; pass entropy=")
-    bonus = torch.minimum(x.entropy_adv_beta * x.entropy.detach(), x.advantage.abs() / x.entropy_adv_kappa)
-    return (x.advantage + bonus,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of the table: everything that tells a method from GRPO."""
-
-    equation: str
-    """What is maximised; S is the clipped surrogate, avg the aggregation."""
-    samples: Literal["policy", "policy+tempered"] = "policy"
-    """Rows are drawn from pi_old, or some of them from pi_old^T (log-probs at T = 1 either way)."""
-    replaces_rows: bool = False
-    """Rows of pi_old^T take the place of rows of pi_old (`aepo_rows`); else each prompt has G of both."""
-    ratio_weight: RatioWeight | None = None
-    """What weighs R of a sampled token; None where no sampled regulariser exists."""
-    mix: Mix = _merged
-    """Advantages whose surrogates are summed."""
-    uses_alpha: bool = False
-    """False runs the same path with alpha = 0."""
-    entropy_gradient: bool = False
-    """lambda avg H_t enters the loss with its gradient."""
-    expected_regulariser: bool = False
-    """alpha R sum_a pi_old^T(a) log pi_theta(a) enters the loss in place of the sampled regulariser."""
-    separate_averages: bool = False
-    """Rows of pi_old and of pi_old^T are averaged apart; see `population_scale`."""
-
-
-METHODS: dict[str, Method] = {
-    "grpo": Method(equation="avg S(A)"),
-    "dcpo": Method(equation="avg S(A + α ρ R)  (Eq. 7)", ratio_weight="rho", uses_alpha=True),
-    "j1": Method(equation="avg S(A) + α avg S(R)", ratio_weight="one", mix=_summed, uses_alpha=True),
-    "j2": Method(
-        equation="avg S(A) + α avg_T S(R), avg_T over rows of π_old^T",
-        samples="policy+tempered",
-        ratio_weight="one",
-        mix=_by_population,
-        uses_alpha=True,
-        separate_averages=True,
-    ),
-    "j3": Method(equation="avg S(A) + α avg S(ρ R)", ratio_weight="rho", mix=_summed, uses_alpha=True),
-    "j4": Method(
-        equation="avg S(A) + α avg_T S(R / ρ), avg_T over rows of π_old^T",
-        samples="policy+tempered",
-        ratio_weight="inverse_rho",
-        mix=_by_population,
-        uses_alpha=True,
-        separate_averages=True,
-    ),
-    "dcpo_wo_double_is": Method(equation="avg S(A + α R)  (Eq. 9)", ratio_weight="one", uses_alpha=True),
-    "dcpo_wo_reinforce": Method(
-        equation="avg S((1 + α ρ) A)  (Eq. 10)", ratio_weight="rho", mix=_merged_on_advantage, uses_alpha=True
-    ),
-    "entropy_reg": Method(equation="avg S(A) + λ avg H_t", entropy_gradient=True),
-    "entropy_adv": Method(equation="avg S(A + min(β H_t, |A| / κ))", mix=_entropy_shaped),
-    "aepo": Method(
-        equation="avg S(A), A = 1 on the rows of π_old^T that replaced others",
-        samples="policy+tempered",
-        replaces_rows=True,
-        ratio_weight="one",
-        mix=_replaced_rows,
-    ),
-    "dcpo_expected": Method(
-        equation="avg S(A) + α avg R Σ_a π_old^T(a) log π_θ(a)  (an extension, not in the paper)",
-        mix=_advantage_alone,
-        uses_alpha=True,
-        expected_regulariser=True,
-    ),
-}
-
-_RATIO_WEIGHTS: dict[RatioWeight | None, Callable[[Tensor], Tensor]] = {
-    "rho": lambda rho: rho,
-    "one": torch.ones_like,
-    "inverse_rho": torch.reciprocal,
-    None: torch.zeros_like,
-}
-
-
-def method_advantage(
-    method: Method,
-    *,
-    group_advantage: Float[Tensor, " batch"],
-    success: Float[Tensor, " batch"],
-    target_ratio: Float[Tensor, "batch time"],
-    entropy: Float[Tensor, "batch time"] | None = None,
-    alpha: Number,
-    mixing: Mixing,
-    tempered_rows: Bool[Tensor, " batch"] | None = None,
-    entropy_adv_beta: Number = 0.4,
-    entropy_adv_kappa: Number = 2.0,
-) -> tuple[Float[Tensor, "batch time"], ...]:
-    """The advantages whose clipped surrogates a row of METHODS sums; one tensor for all but j1 and j3.
-
-    entropy [nats/token]: exact, of pi_old at T = 1; entropy_adv alone needs it. tempered_rows marks the rows drawn
-    from pi_old^T in the concatenated batch of a `policy+tempered` row; group_advantage has no effect on them.
-    """
-    advantage_weight, regulariser_weight = mixing_weights(alpha=alpha if method.uses_alpha else 0.0, mixing=mixing)
-    if tempered_rows is None:
-        tempered_rows = torch.zeros_like(success, dtype=torch.bool)
-    elif method.samples == "policy" and bool(tempered_rows.any()):
-        raise ValueError(
-            f"{method.equation!r} takes rows of pi_old alone, got {int(tempered_rows.sum())} tempered rows"
-        )
-    inputs = MixInputs(
-        advantage=group_advantage[:, None].expand_as(target_ratio),
-        success=success[:, None].expand_as(target_ratio),
-        ratio_weight=_RATIO_WEIGHTS[method.ratio_weight](target_ratio),
-        entropy=entropy,
-        tempered_rows=tempered_rows[:, None].expand_as(target_ratio),
-        advantage_weight=advantage_weight,
-        regulariser_weight=regulariser_weight,
-        entropy_adv_beta=entropy_adv_beta,
-        entropy_adv_kappa=entropy_adv_kappa,
-    )
-    return method.mix(inputs)
-
-
-def aepo_rows(
-    *, group_advantage: Float[Tensor, " batch"], above_target: bool, limit: int = 60, threshold: Number = 0.05
-) -> Int[Tensor, " rows"]:
-    """Indices of the tempered rows that replace as many rows of the GRPO batch: the first n with A > threshold.
-
-    n = min(limit, rows found), half of it (rounded down) when H > H_0. Shuffle the result over the mini-batches.
-    Source: the authors' code, `_select_by_advantage` and the AEPO branch of `fit`.
-    """
-    rows = (group_advantage > threshold).nonzero().flatten()
-    count = min(limit, rows.numel())
-    return rows[: count // 2 if above_target else count]
-
-
-def expected_weight(
-    method: Method, *, success: Float[Tensor, " batch"], alpha: Number, mixing: Mixing
-) -> Float[Tensor, " batch"] | None:
-    """Weight of sum_a pi_old^T(a) log pi_theta(a) on the tokens of each row: alpha R (after mixing); None if unused."""
-    if not method.expected_regulariser:
-        return None
-    return mixing_weights(alpha=alpha, mixing=mixing)[1] * success
 
 
 def objective_terms(

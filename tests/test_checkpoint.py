@@ -10,6 +10,7 @@ import pytest
 
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole
+from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.resume import MAY_DIFFER, _flat, differences, prepare_run_folder, resume_point
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
@@ -272,7 +273,7 @@ def test_what_lies_beyond_the_checkpoint_is_cut_and_kept(tmp_path: Path) -> None
     assert len(list((cut / "samples").iterdir())) == 3
     assert steps(tmp_path) == [3] and damage(cut / "checkpoints/step_000005") is None
     assert (cut / "recipe.yaml").read_text() == "old recipe"
-    assert (tmp_path / "recipe.yaml").read_text() == checkpoint.resolved_yaml(recipe)
+    assert (tmp_path / "recipe.yaml").read_text() == resolved_yaml(recipe)
 
 
 def test_auto_without_a_whole_checkpoint_begins_anew_and_keeps_what_was(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpo_openrlhf import objectives
+from dcpo_openrlhf import methods, objectives
 from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.schema import Recipe
 
@@ -18,7 +18,7 @@ def code_blocks(page: str) -> list[str]:
 
 
 def test_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(objectives.METHODS, "dcpo_mixed_groups", objectives.METHODS["grpo"])  # gone afterwards
+    monkeypatch.setitem(methods.METHODS, "dcpo_mixed_groups", methods.METHODS["grpo"])  # gone afterwards
     (block,) = code_blocks("add_a_method.md")
     assert len(block.splitlines()) <= 40, "one screen"
     exec(compile(block, "add_a_method.md", "exec"), {})
@@ -28,8 +28,8 @@ def test_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(preflight._method(recipe)) == []
 
     reward = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    (advantage,) = objectives.method_advantage(
-        objectives.METHODS["dcpo_mixed_groups"],
+    (advantage,) = methods.method_advantage(
+        methods.METHODS["dcpo_mixed_groups"],
         group_advantage=objectives.group_advantage(reward=reward, group_size=2),
         success=reward,
         target_ratio=torch.full((4, 1), 0.5),

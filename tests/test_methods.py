@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from dcpo_openrlhf import local_ray, train_dcpo
-from dcpo_openrlhf.objectives import METHODS
+from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import GraderPool

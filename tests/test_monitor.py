@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from dcpo_openrlhf import objectives, train_dcpo
+from dcpo_openrlhf import methods, objectives, train_dcpo
 from dcpo_openrlhf.controller import ControllerDecision
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor import causes as monitor_causes
@@ -100,8 +100,8 @@ def experience(rows: Sequence[Row], method: str, *, padding: int = 0, alpha: flo
         rewards=reward,
         response_length=torch.tensor([len(r["tokens"]) for r in rows]),
         truncated=torch.tensor([r["truncated"] for r in rows]),
-        advantage_terms=objectives.method_advantage(
-            objectives.METHODS[method],
+        advantage_terms=methods.method_advantage(
+            methods.METHODS[method],
             group_advantage=objectives.group_advantage(reward=reward, group_size=GROUP),
             success=reward,
             target_ratio=ratio,
@@ -119,7 +119,7 @@ def metrics_of(rows: Sequence[Row], method: str = "dcpo", *, split: int | None =
         [experience(part, method, padding=padding) for part in parts],
         grades=[Grade(r["reward"], r["answer"]) for r in rows],
         prompts=[prompt(i) for i in range(len(rows) // GROUP)],
-        alpha=ALPHA if objectives.METHODS[method].uses_alpha else 0.0,
+        alpha=ALPHA if methods.METHODS[method].uses_alpha else 0.0,
         mixing="convex",
     )
 
@@ -151,7 +151,7 @@ def twin_regulariser(method: str, row: Row, advantage: float, t: int) -> tuple[f
         "dcpo_wo_reinforce": w * ratio * advantage,
         "entropy_adv": min(0.4 * entropy, abs(advantage) / 2.0),
     }[method]
-    own = advantage if not objectives.METHODS[method].uses_alpha else (1 - w) * advantage
+    own = advantage if not methods.METHODS[method].uses_alpha else (1 - w) * advantage
     return own + part, part
 
 
@@ -242,7 +242,7 @@ def test_the_share_counts_rows_drawn_at_t_and_the_expected_regulariser(method: s
     if method == "aepo":
         found.replaced = torch.tensor([i in (3, 4, 1) for i in range(2 * GROUP)])
         lengths = [n if i not in (3, 4, 1) else 0 for i, n in enumerate(lengths)]
-    alpha = ALPHA if objectives.METHODS[method].uses_alpha else 0.0
+    alpha = ALPHA if methods.METHODS[method].uses_alpha else 0.0
     own = (1 - w if alpha else 1.0) * sum(abs(a) * n for a, n in zip(advantage, lengths, strict=True))
     grades = [Grade(r["reward"], r["answer"]) for r in rows]
     metrics = batch_metrics([found], grades=grades, prompts=[prompt(0), prompt(1)], alpha=alpha, mixing="convex")
@@ -375,7 +375,7 @@ HACKED = [dict(HEALTHY, correct=1 + i // 4, formless=min(i // 4, 3)) for i in ra
     ],
 )
 def test_causes_are_named_when_they_are_there_and_only_then(states: list[Row], method: str, expected: set) -> None:
-    alpha = ALPHA if objectives.METHODS[method].uses_alpha else 0.0
+    alpha = ALPHA if methods.METHODS[method].uses_alpha else 0.0
     assert named(states, method=method, alpha=alpha, ratio_ess_bound=0.15) == expected
 
 
@@ -503,7 +503,7 @@ def make_trainer(recipe: Recipe) -> Any:
         log=MetricsLog(recipe),
         experience_maker=SimpleNamespace(
             decision=ControllerDecision(entropy=1.0, temperature=1.2, alpha=ALPHA),
-            method=objectives.METHODS["dcpo"],
+            method=methods.METHODS["dcpo"],
             prompts=[prompt(i) for i in range(4)],
         ),
         controller=SimpleNamespace(no_success_count=2),

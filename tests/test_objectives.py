@@ -8,15 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcpo_openrlhf.methods import METHODS, Method, aepo_rows, expected_weight, method_advantage
 from dcpo_openrlhf.objectives import (
-    METHODS,
-    Method,
-    aepo_rows,
     clipped_surrogate,
-    expected_weight,
     group_advantage,
     loss_denominator,
-    method_advantage,
     mixed_advantage,
     mixing_weights,
     objective_terms,

@@ -306,7 +306,7 @@ def test_deepspeed_needs_no_megatron_and_trains_dense_models(
 
 def test_unknown_method(violations: Check) -> None:
     line = only(violations({"method.name": "dpco"}))
-    assert line.startswith("method.name = 'dpco' is not a row of objectives.METHODS; did you mean 'dcpo'?")
+    assert line.startswith("method.name = 'dpco' is not a row of methods.METHODS; did you mean 'dcpo'?")
     assert "grpo" in line
 
 

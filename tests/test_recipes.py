@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dcpo_openrlhf.objectives import METHODS
+from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.recipe import memory, preflight
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError

@@ -11,7 +11,7 @@ from dcpo_openrlhf.recipe.schema import Action, Recipe
 from dcpo_openrlhf.recipe.schema import Monitor as Bounds
 
 if TYPE_CHECKING:  # the entry imports MonitorStop, and torch takes seconds
-    from dcpo_openrlhf.objectives import Method
+    from dcpo_openrlhf.methods import Method
 
 Metrics = Mapping[str, float]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dcpo_openrlhf import objectives
+from dcpo_openrlhf import methods, objectives
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor.causes import CAUSES, Alert, band
 from dcpo_openrlhf.recipe.schema import Recipe
@@ -298,7 +298,7 @@ class Monitor:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.bounds = recipe, recipe.monitor
-        method = objectives.METHODS[recipe.method.name]
+        method = methods.METHODS[recipe.method.name]
         self.causes = {name: cause for name, cause in CAUSES.items() if cause.applies(method)}
         self.history = {name: deque[float](maxlen=self.bounds.window) for name in HISTORY}
         self.streak = dict.fromkeys(CAUSES, 0)

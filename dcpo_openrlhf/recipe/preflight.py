@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dcpo_openrlhf.objectives import METHODS
+from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.recipe import memory, model_config, processor, resume
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
@@ -134,7 +134,7 @@ def _method(recipe: Recipe) -> Iterator[str]:
     if name not in METHODS:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        yield f"method.name = {name!r} is not a row of objectives.METHODS; {hint}choose one of {', '.join(METHODS)}"
+        yield f"method.name = {name!r} is not a row of methods.METHODS; {hint}choose one of {', '.join(METHODS)}"
 
 
 def _config_file(recipe: Recipe, *, dry_run: bool) -> Path:

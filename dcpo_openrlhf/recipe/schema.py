@@ -86,7 +86,7 @@ class Reward(Section):
 
 class Method(Section):
     name: str = "dcpo"
-    """Row of objectives.METHODS."""
+    """Row of methods.METHODS."""
     mixing: Literal["convex", "additive"] = "convex"
     """convex: (1-w) A + w rho R, w = alpha/(1+alpha) (authors' code). additive: A + alpha rho R (Eq. 7)."""
     target_entropy: Annotated[float, Field(ge=0)] = 0.25

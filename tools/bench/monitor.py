@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dcpo_openrlhf import objectives
+from dcpo_openrlhf import methods, objectives
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor.statistics import Monitor, batch_metrics
 from dcpo_openrlhf.policy.token_stats import token_stats
@@ -50,8 +50,8 @@ def make_update(rows: int, time: int) -> DCPOExperience:
         rewards=reward,
         response_length=length,
         truncated=length == time,
-        advantage_terms=objectives.method_advantage(
-            objectives.METHODS["dcpo"],
+        advantage_terms=methods.method_advantage(
+            methods.METHODS["dcpo"],
             group_advantage=objectives.group_advantage(reward=reward, group_size=GROUP),
             success=reward,
             target_ratio=ratio,
