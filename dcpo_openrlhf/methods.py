@@ -147,8 +147,6 @@ METHODS: dict[str, Method] = {
         expected_regulariser=True,
     ),
 }
-
-
 _RATIO_WEIGHTS: dict[RatioWeight | None, Callable[[Tensor], Tensor]] = {
     "rho": lambda rho: rho,
     "one": torch.ones_like,

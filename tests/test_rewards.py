@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool, as_integer, extract_boxed, grade, last_integer
+from dcpo_openrlhf.reward.compare import grade
+from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, last_integer
+from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
 from tests.bounds import HANG_S
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -268,7 +270,7 @@ def test_wrong_grading_arguments_are_refused(pool):
 
 
 def test_the_module_imports_neither_sympy_nor_torch_nor_ray():
-    code = "import sys, dcpo_openrlhf.rewards as r; print(*({'sympy', 'torch', 'ray', 'vllm'} & set(sys.modules)))"
+    code = "import sys, dcpo_openrlhf.reward.pool; print(*({'sympy', 'torch', 'ray', 'vllm'} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True).stdout == b"\n"
 

@@ -275,5 +275,5 @@ def test_a_stream_refuses_bad_problems():
 
 
 def test_the_module_imports_neither_torch_nor_ray():
-    code = "import sys, dcpo_openrlhf.tasks; print(*({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    code = "import sys, dcpo_openrlhf.rollout.tasks; print(*({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout == b"\n"

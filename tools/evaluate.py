@@ -21,7 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dcpo_openrlhf.reward.pool import EXTRACTORS, Grade, GraderError, GraderPool
+from dcpo_openrlhf.reward.extract import EXTRACTORS
+from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
 from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile

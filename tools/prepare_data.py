@@ -22,7 +22,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
-from dcpo_openrlhf.reward.pool import extract_boxed
+from dcpo_openrlhf.reward.extract import extract_boxed
 from dcpo_openrlhf.rollout.tasks import JSONL_KEYS, Problem, TaskError, load_jsonl
 
 

@@ -10,7 +10,6 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Values of model_type in config.json whose tensors the table names."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those that trainer and engine compute alike: vLLM's dynamic scales short sequences too, transformers' does not."""
-
 SIZES = (
     "num_attention_heads",
     "num_hidden_layers",
@@ -19,8 +18,6 @@ SIZES = (
     "max_position_embeddings",
     "vocab_size",
 )
-
-
 IMPLEMENTED = {
     # keys of config.json whose other values would train another model than the engine serves
     "hidden_act": "silu",

@@ -15,7 +15,6 @@ from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
-
 MAY_DIFFER = (
     # where a run happens, how long things may take, what is kept: none of it is in the numbers
     "run.dir",
@@ -47,8 +46,6 @@ MAY_DIFFER = (
     "estimate.",
 )
 """Keys, or sections, in which a resumed run may differ from its checkpoint's recipe."""
-
-
 _DEEPSPEED_FILES = ("parallel.zero_stage", "parallel.nodes", "parallel.devices_per_node")
 """What DeepSpeed's files of a rank belong to: another stage or number of ranks cannot read them."""
 

@@ -39,7 +39,7 @@ ROLES = (
     ("the policy's actor", "ray::Megatron"),
     ("the engine's actor", "ray::Rollout"),
     ("the driver", "dcpo_openrlhf.train_dcpo"),
-    ("graders", "dcpo_openrlhf.reward.pool"),
+    ("graders", "dcpo_openrlhf.reward.worker"),
     ("the demo itself", "tools.demo"),
 )
 REST = "Ray's servers, agents and idle workers"
