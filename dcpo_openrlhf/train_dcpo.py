@@ -232,7 +232,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     import ray
 
     from dcpo_openrlhf.policy.actor import ACTORS, PolicyActorGroup
-    from dcpo_openrlhf.rollout.engine import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
+    from dcpo_openrlhf.rollout.pool import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
 
     p, begin = recipe.parallel, time.monotonic()
     shared = device_group(p.world_size, recipe.run.startup_timeout) if p.colocate else None
@@ -263,7 +263,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
 
 
 def _create_engines(recipe: Recipe, shared: Any) -> list[Any]:
-    from dcpo_openrlhf.rollout.engine import create_rollout_engines
+    from dcpo_openrlhf.rollout.pool import create_rollout_engines
 
     r = recipe.rollout
     return create_rollout_engines(

@@ -25,7 +25,7 @@ from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import tasks
 from dcpo_openrlhf.rollout.checks import require_possible_samples
-from dcpo_openrlhf.rollout.engine import DCPOSamplesGenerator
+from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
 from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)

@@ -41,7 +41,7 @@ def exits() -> Iterator[contextlib.ExitStack]:
 def stack(recipe: Recipe, exits: contextlib.ExitStack, tmp_path_factory: pytest.TempPathFactory):
     """(policy group, engines): the engine starts with the weights of another model."""
     from dcpo_openrlhf.policy.actor import MegatronActor, PolicyActorGroup
-    from dcpo_openrlhf.rollout.engine import create_rollout_engines, shutdown_engines, wait_until_ready
+    from dcpo_openrlhf.rollout.pool import create_rollout_engines, shutdown_engines, wait_until_ready
 
     other = make_tiny_model(tmp_path_factory.mktemp("engine"), tie=False, seed=2)
     exits.callback(ray.shutdown)
@@ -66,7 +66,7 @@ def stack(recipe: Recipe, exits: contextlib.ExitStack, tmp_path_factory: pytest.
 
 
 def engine_greedy(recipe: Recipe, engines: list) -> list[list[int]]:
-    from dcpo_openrlhf.rollout.engine import DCPOSamplesGenerator
+    from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
     generator = DCPOSamplesGenerator(RecipeStrategy(recipe), None, None, tokenizer, engines)

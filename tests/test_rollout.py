@@ -5,8 +5,11 @@ import signal
 
 import pytest
 import ray
+from vllm import SamplingParams
 
-from dcpo_openrlhf.rollout import engine as rollout
+from dcpo_openrlhf.rollout import pool
+from dcpo_openrlhf.rollout.engine import omp_env, thread_binding
+from dcpo_openrlhf.rollout.generator import request_seed
 from dcpo_openrlhf.weight_sync import connect
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
@@ -86,7 +89,7 @@ def test_more_prompt_tokens_than_one_batch_takes(engine, folders):
     gen = generator([engine], folders[0])
     many = [f"{index} {prompt}" for index in range(16) for prompt in prompts(folders[0])]
     tokens = sum(len(ids) for ids in gen.tokenizer(many, add_special_tokens=False)["input_ids"])
-    assert tokens * 8 > rollout.CPU_BATCHED_TOKENS
+    assert tokens * 8 > pool.CPU_BATCHED_TOKENS
     options = {"step": 0, "n_samples": 8, "max_new_tokens": 2, "max_len": CONTEXT}
     experiences = gen.generate(many, ["" for _ in many], **options)
     assert len(experiences) == len(many) * 8
@@ -102,11 +105,7 @@ def test_prompt_without_room_is_an_error(engine, folders):
     with pytest.raises(ValueError, match=rf"must not exceed the context, {CONTEXT}; .*It begins: '<\|im_start\|>user"):
         generate(engine, folders[0], max_new_tokens=CONTEXT - 5)
     with pytest.raises(ValueError, match="must not exceed the context"):
-        ray.get(
-            engine.generate_responses.remote(
-                "long", "", rollout.SamplingParams(max_tokens=8), 10, None, 1, None, [5] * 3
-            )
-        )
+        ray.get(engine.generate_responses.remote("long", "", SamplingParams(max_tokens=8), 10, None, 1, None, [5] * 3))
 
 
 def test_greedy_groups_are_refused(engine, folders):
@@ -155,7 +154,7 @@ def test_processes_end_with_a_killed_actor_and_the_error_names_the_engine(engine
     with pytest.raises(RuntimeError, match=r"rollout engine 0 died while .*resume from the last checkpoint"):
         generate(engine, folders[0])
     with pytest.raises(RuntimeError, match="rollout engine 0 died while starting"):
-        rollout.wait_until_ready([engine], HANG_S)
+        pool.wait_until_ready([engine], HANG_S)
 
 
 def test_engines_that_the_cluster_cannot_hold_are_refused(folders):
@@ -171,21 +170,19 @@ def test_engine_that_never_answers_is_named_at_the_deadline():
             signal.pause()
 
     with pytest.raises(RuntimeError, match=r"took more than 1 s while starting: engine 0 \(1 calls\) did not answer"):
-        rollout.wait_until_ready([Silent.remote()], 1.0)
+        pool.wait_until_ready([Silent.remote()], 1.0)
 
 
 def test_openmp_of_an_engine_process_that_computes_itself():
-    assert rollout.omp_env("0,1|2,3") == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2,3"}  # workers, which vLLM sets up
-    alone = rollout.omp_env("2,3")
+    assert omp_env("0,1|2,3") == {"VLLM_CPU_OMP_THREADS_BIND": "0,1|2,3"}  # workers, which vLLM sets up
+    alone = omp_env("2,3")
     assert (alone["OMP_NUM_THREADS"], alone["GOMP_CPU_AFFINITY"]) == ("2", "2 3")
     assert alone["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 def test_cores_are_dealt_to_engines_and_workers():
     def binding(**settings):
-        return rollout.thread_binding(
-            [2, 3, 4, 5], **({"threads": None, "workers": 1, "engine": 0, "engines": 1} | settings)
-        )
+        return thread_binding([2, 3, 4, 5], **({"threads": None, "workers": 1, "engine": 0, "engines": 1} | settings))
 
     assert binding() == "2,3,4,5"
     assert binding(workers=2) == "2,3|4,5"
@@ -196,7 +193,7 @@ def test_cores_are_dealt_to_engines_and_workers():
 
 
 def test_request_seeds_differ_by_run_step_and_prompt():
-    seeds = {rollout.request_seed(run, step, prompt) for run in range(5) for step in range(5) for prompt in range(5)}
+    seeds = {request_seed(run, step, prompt) for run in range(5) for step in range(5) for prompt in range(5)}
     assert len(seeds) == 125
     assert all(0 <= seed < 2**48 for seed in seeds)
-    assert rollout.request_seed(1, 2, 3) == rollout.request_seed(1, 2, 3)
+    assert request_seed(1, 2, 3) == request_seed(1, 2, 3)

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from dcpo_openrlhf import local_ray
-from dcpo_openrlhf.rollout import engine as rollout
+from dcpo_openrlhf.rollout import pool
+from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
 from tests.bounds import ENDS_S, HANG_S
 
 CONTEXT = 96
@@ -72,17 +73,17 @@ def engines(folder: Path, transport: str, **overrides: Any) -> Iterator[list[Any
         "cpu_threads": 1,
         "timeout_s": HANG_S,
     }
-    made = rollout.create_rollout_engines(**(settings | overrides))
+    made = pool.create_rollout_engines(**(settings | overrides))
     try:
-        rollout.wait_until_ready(made, HANG_S)
+        pool.wait_until_ready(made, HANG_S)
         yield made
     finally:
-        rollout.shutdown_engines(made)
+        pool.shutdown_engines(made)
 
 
-def generator(made: list[Any], folder: Path) -> rollout.DCPOSamplesGenerator:
+def generator(made: list[Any], folder: Path) -> DCPOSamplesGenerator:
     args = Namespace(args=Namespace(rollout=Namespace(n_samples_per_prompt=2)))
-    return rollout.DCPOSamplesGenerator(args, None, None, AutoTokenizer.from_pretrained(folder), made, timeout_s=HANG_S)
+    return DCPOSamplesGenerator(args, None, None, AutoTokenizer.from_pretrained(folder), made, timeout_s=HANG_S)
 
 
 def prompts(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from dcpo_openrlhf.rollout import engine as rollout
+from dcpo_openrlhf.rollout import pool
 from dcpo_openrlhf.weight_sync import WeightSyncError, connect
 from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient
 from tests.bounds import HANG_S
@@ -37,7 +37,7 @@ def engine(ray_cluster, folders):
         children = ray.get(made[0].health.remote())["children"]
         assert children
         yield made[0]
-        rollout.shutdown_engines(made)
+        pool.shutdown_engines(made)
         assert_all_end(children)
 
 

@@ -1,0 +1,152 @@
+"""OpenRLHF's samples generator over our engines: results in prompt order, a seed for each prompt, a deadline."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm import SamplingParams
+
+from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+from dcpo_openrlhf.rollout.engine import require_room
+from dcpo_openrlhf.rollout.pool import gather
+
+install_flash_attn_stub()
+
+from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _collect_prompt_batch  # noqa: E402
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+
+class DCPOSamplesGenerator(SamplesGenerator):
+    """OpenRLHF's generator with results in prompt order, a seed for each prompt, and a deadline."""
+
+    def __init__(
+        self,
+        strategy: Any,
+        prompts_dataloader: Any,
+        eval_dataloader: Any,
+        tokenizer: Any,
+        vllm_engines: list["ActorHandle"],
+        *,
+        seed: int = 0,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        super().__init__(strategy, prompts_dataloader, eval_dataloader, tokenizer, vllm_engines)
+        self.seed = seed
+        self.timeout_s = timeout_s
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        step: int,
+        n_samples: int,
+        max_new_tokens: int,
+        max_len: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+    ) -> list[Experience]:
+        """One Experience [1, T] a response: prompts in the order given, the `n_samples` of a prompt consecutive.
+
+        max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples. Raises
+        ValueError for a prompt without room, RuntimeError naming the engine that died or did not answer in time.
+        """
+        if temperature == 0 and n_samples > 1:
+            raise ValueError(f"temperature 0 gives {n_samples} equal samples; ask for 1 or raise the temperature")
+        token_ids = self.tokenizer(text=list(prompts), add_special_tokens=False)["input_ids"]
+        for prompt, ids in zip(prompts, token_ids, strict=True):
+            require_room(ids, max_new_tokens, max_len, prompt)
+        engine_of = self._assign(len(token_ids), n_samples)
+        requests: dict[int, list[dict[str, Any]]] = {}
+        for index, (prompt, label, ids) in enumerate(zip(prompts, labels, token_ids, strict=True)):
+            params = self._sampling_params(
+                seed=request_seed(self.seed, step, index),
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+            )
+            requests.setdefault(engine_of[index], []).append(
+                {
+                    "prompt": prompt,
+                    "label": label,
+                    "sampling_params": params,
+                    "max_length": max_len,
+                    "hf_tokenizer": None,
+                    "num_samples": n_samples,
+                    "prompt_token_ids": ids,
+                }
+            )
+        answers = gather(
+            [self.vllm_engines[engine].generate_groups.remote(batch) for engine, batch in requests.items()],
+            list(requests),
+            timeout_s=self.timeout_s,
+            doing=f"generating for step {step}",
+            remedy="see its log; resume from the last checkpoint, and raise rollout.timeout if it was only slow",
+        )
+        of_engine = {engine: iter(groups) for engine, groups in zip(requests, answers, strict=True)}
+        groups = [next(of_engine[engine]) for engine in engine_of]
+        return [
+            self._process_response_into_experience(response, max_len=max_len) for group in groups for response in group
+        ]
+
+    def _assign(self, num_prompts: int, n_samples: int) -> list[int]:
+        """Engine of each prompt: always the one with the fewest samples in hand."""
+        load = gather(
+            [engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines],
+            list(range(len(self.vllm_engines))),
+            timeout_s=self.timeout_s,
+            doing="being asked for their load",
+            remedy="see its log; resume from the last checkpoint",
+        )
+        chosen = []
+        for _ in range(num_prompts):
+            engine = load.index(min(load))
+            load[engine] += n_samples
+            chosen.append(engine)
+        return chosen
+
+    def _sampling_params(
+        self, *, seed: int, max_tokens: int, temperature: float, top_p: float, top_k: int
+    ) -> SamplingParams:
+        return SamplingParams(
+            seed=seed,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=[self.tokenizer.eos_token_id],
+            detokenize=False,
+        )
+
+    def _generate_vllm(
+        self, dataloader_iter: Any, num_prompts: int, dynamic_filtering: bool, **generate_kwargs: Any
+    ) -> tuple[list[Experience], int, bool]:
+        """OpenRLHF's loop over a dataloader, by `generate`; kept so that its generate_samples works."""
+        if dynamic_filtering:
+            raise ValueError("dynamic filtering needs rewards in the engine; here they are computed after generation")
+        prompts, labels, _, exhausted = _collect_prompt_batch(dataloader_iter, num_prompts)
+        if not prompts:
+            return [], 0, True
+        experiences = self.generate(
+            prompts,
+            labels,
+            step=generate_kwargs.get("step", 0),
+            n_samples=generate_kwargs.get("n_samples_per_prompt", self.args.rollout.n_samples_per_prompt),
+            max_new_tokens=generate_kwargs["max_new_tokens"],
+            max_len=generate_kwargs["max_len"],
+            temperature=generate_kwargs.get("temperature", 1.0),
+            top_p=generate_kwargs.get("top_p", 1.0),
+        )
+        return experiences, len(prompts), exhausted
+
+
+def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
+    """48-bit seed of one request, from (run seed, step, prompt index); sample k of it uses seed + k."""
+    digest = hashlib.blake2b(f"{run_seed}:{step}:{prompt_index}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big")
