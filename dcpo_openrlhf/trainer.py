@@ -14,19 +14,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dcpo_openrlhf import signals
+from dcpo_openrlhf.assemble import make_controller, make_generator, make_log, make_monitor
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
-from dcpo_openrlhf.controller import EntropyController
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.monitor.causes import MonitorStop
-from dcpo_openrlhf.monitor.sinks import MetricsLog, progress_line
-from dcpo_openrlhf.monitor.statistics import Monitor, batch_metrics
+from dcpo_openrlhf.monitor.sinks import progress_line
+from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import tasks
 from dcpo_openrlhf.rollout.checks import require_possible_samples
-from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
-from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay
+from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)
 
@@ -57,7 +56,7 @@ class DCPOTrainer(BasePPOTrainer):
         )
         self.experience_maker.resample = self.tempered_rollout
         self.generator = make_generator(strategy, engines, tokenizer)
-        self.monitor, self.log = Monitor(recipe), MetricsLog(recipe)
+        self.monitor, self.log = make_monitor(recipe), make_log(recipe)
         self.weights_version = 0
         c = recipe.checkpoint
         self.checkpoints = CheckpointFolder(
@@ -402,29 +401,3 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         return self._laps | {"time/step": self._last - self._begin}
-
-
-def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Responses from the engines, recorded if the recipe says so, or from the recording of an earlier run."""
-    recipe = strategy.recipe
-    if recipe.rollout.replay is not None:
-        return Replay(recipe.rollout.replay)
-    generator = DCPOSamplesGenerator(
-        strategy, None, None, tokenizer, engines, seed=recipe.run.seed, timeout_s=recipe.rollout.timeout
-    )
-    return Recorder(generator, recipe.run.dir / "samples") if recipe.rollout.record else generator
-
-
-def make_controller(recipe: Recipe) -> EntropyController:
-    m = recipe.method
-    return EntropyController(
-        target_entropy=m.target_entropy,
-        temperature_low=m.temperature_low,
-        temperature_high=m.temperature_high,
-        temperature_rule=m.temperature_rule,
-        alpha_schedule=m.alpha_schedule,
-        alpha_max=m.alpha_max,
-        proportional_gain=m.proportional_gain,
-        integral_gain=m.integral_gain,
-        entropy_source=m.entropy_source,
-    )

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dcpo_openrlhf import objectives
+from dcpo_openrlhf.assemble import make_controller
 from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
-from dcpo_openrlhf.trainer import make_controller
 
 from openrlhf.trainer.ppo_utils.experience import Experience  # isort: skip  (dcpo_openrlhf installs the stub it needs)
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from dcpo_openrlhf import methods, objectives, train_dcpo
+from dcpo_openrlhf.assemble import make_log, make_monitor
 from dcpo_openrlhf.controller import ControllerDecision
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.monitor import causes as monitor_causes
-from dcpo_openrlhf.monitor import statistics as monitor
+from dcpo_openrlhf.monitor import statistics
 from dcpo_openrlhf.monitor.causes import CAUSES, Alert, MonitorStop
-from dcpo_openrlhf.monitor.sinks import MetricsLog, progress_line
-from dcpo_openrlhf.monitor.statistics import METRICS, Monitor, batch_metrics, unknown_metrics
+from dcpo_openrlhf.monitor.metrics import METRICS, unknown_metrics
+from dcpo_openrlhf.monitor.sinks import progress_line
+from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
@@ -133,7 +134,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def twin_repetition(tokens: list[int]) -> float:
-    tail = tokens[-monitor.REPETITION_TAIL :]
+    tail = tokens[-statistics.REPETITION_TAIL :]
     grams = [tuple(tail[i : i + 4]) for i in range(len(tail) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -282,7 +283,7 @@ def test_repetition_sees_loops_at_the_end() -> None:
         row |= {name: [0.5] * len(row["tokens"]) for name in ("entropy", "ratio")}
         row |= {name: [-0.5] * len(row["tokens"]) for name in ("logp", "engine")}
     found = experience(rows, "grpo")
-    repetition = monitor._repetition(found.sequences[:, 1:], found.mask)
+    repetition = statistics._repetition(found.sequences[:, 1:], found.mask)
     assert repetition.tolist() == pytest.approx([1 - 3 / 509, 0, 1 - 3 / 509, 0])
 
 
@@ -336,7 +337,7 @@ def series(count: int = 14, **changes: Any) -> list[Row]:
 
 def named(states: list[Row], *, method: str = "dcpo", alpha: float = ALPHA, **bounds: Any) -> set[str]:
     """Causes that are alerted at the last step."""
-    watch = Monitor(make_recipe(method={"name": method}, **bounds))
+    watch = make_monitor(make_recipe(method={"name": method}, **bounds))
     counts = [watch.observe(i, step_metrics(s, method=method, alpha=alpha))[0] for i, s in enumerate(states, start=1)]
     return {name for name in CAUSES if counts[-1][f"monitor/alert_{name}"] > counts[-2][f"monitor/alert_{name}"]}
 
@@ -386,7 +387,7 @@ def test_without_alpha_no_regulariser_is_called_weak() -> None:
 @pytest.mark.parametrize(("run", "collapsed", "truncated"), [("grpo", 22, 8), ("dcpo", 0, 5)])
 def test_the_demo_runs_collapse_and_hold(run: str, collapsed: int, truncated: int) -> None:
     recipe = load_recipe(ROOT / f"recipes/{run}-smollm2-135m-cpu.yaml")
-    watch, counts = Monitor(recipe), []
+    watch, counts = make_monitor(recipe), []
     for line in (ROOT / f"docs/demo/{run}/metrics.jsonl").read_text().splitlines():
         recorded = step_metrics(HEALTHY) | json.loads(line)
         counts.append(watch.observe(recorded["step"], recorded)[0])
@@ -396,7 +397,7 @@ def test_the_demo_runs_collapse_and_hold(run: str, collapsed: int, truncated: in
 
 
 def test_trend_and_steps_to_leave_follow_the_line() -> None:
-    watch = Monitor(make_recipe(window=4))
+    watch = make_monitor(make_recipe(window=4))
     found = [watch.observe(i, step_metrics(s))[0] for i, s in enumerate(series(6, entropy=(0.5, 0.3)), start=1)]
     assert [m["entropy/trend"] for m in found] == pytest.approx([0, 0, -0.04, -0.04, -0.04, -0.04], abs=1e-6)
     assert [m["entropy/steps_to_leave"] for m in found][1:] == pytest.approx(
@@ -410,7 +411,7 @@ def test_trend_and_steps_to_leave_follow_the_line() -> None:
 
 
 def test_a_cause_must_hold_for_patience_steps_in_a_row() -> None:
-    watch = Monitor(make_recipe(patience=3))
+    watch = make_monitor(make_recipe(patience=3))
     counts = []
     for i, truncated in enumerate([2, 2, 0, 2, 2, 2, 2], start=1):
         counts.append(watch.observe(i, step_metrics(dict(HEALTHY, truncated=truncated)))[0]["monitor/alert_truncation"])
@@ -422,7 +423,7 @@ def test_a_cause_must_hold_for_patience_steps_in_a_row() -> None:
     [("nothing", [0, 0, 0, 0], False), ("warn", [0, 1, 0, 0], False), ("stop", [0, 1, 1, 1], True)],
 )
 def test_each_action_does_what_it_says(action: str, alerts: list[int], stops: bool) -> None:
-    watch = Monitor(make_recipe(patience=2, on_truncation=action))
+    watch = make_monitor(make_recipe(patience=2, on_truncation=action))
     seen = [watch.observe(i, step_metrics(dict(HEALTHY, truncated=2))) for i in range(1, 5)]
     assert [len(found) for _, found in seen] == alerts
     assert [m["monitor/alert_truncation"] for m, _ in seen] == [0, 1, 2, 3], "counted whatever the action"
@@ -432,7 +433,7 @@ def test_each_action_does_what_it_says(action: str, alerts: list[int], stops: bo
 
 
 def test_an_alert_says_step_numbers_keys_and_where_to_read_on() -> None:
-    watch = Monitor(make_recipe(patience=1))
+    watch = make_monitor(make_recipe(patience=1))
     (alert,) = watch.observe(7, step_metrics(dict(HEALTHY, truncated=2)))[1]
     assert alert.evidence["rollout/truncated_fraction"] == 0.5 and alert.keys["rollout.max_new_tokens"] == 8192
     for part in ("step 7", "truncation", "rollout/truncated_fraction = 0.5", "rollout.max_new_tokens = 8192"):
@@ -449,13 +450,13 @@ def test_every_cause_has_an_action_known_keys_explained_evidence_and_a_page() ->
         assert getattr(recipe.monitor, f"on_{name}") == "warn"
         assert not list(unknown_metrics(cause.evidence))
         for key in cause.keys:
-            monitor_causes.value(recipe, key)
+            assert key in recipe.settings
             assert key in sections[name], (name, key)
         for metric in cause.evidence:
             assert metric in sections[name], (name, metric)
     for key in re.findall(r"`([a-z_]+\.[a-z_]+)[`=]", page):
         if key.split(".")[0] in Recipe.model_fields:
-            monitor_causes.value(recipe, key)
+            assert key in recipe.settings
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -463,7 +464,7 @@ def test_every_cause_has_an_action_known_keys_explained_evidence_and_a_page() ->
 
 def test_a_resumed_monitor_sees_what_the_whole_run_sees() -> None:
     states = series(entropy=(0.5, 0.1), truncated=2)
-    whole, first, resumed = (Monitor(make_recipe()) for _ in range(3))
+    whole, first, resumed = (make_monitor(make_recipe()) for _ in range(3))
     expected = [whole.observe(i, step_metrics(s)) for i, s in enumerate(states, start=1)]
     for i, state in enumerate(states[:5], start=1):
         first.observe(i, step_metrics(state))
@@ -473,10 +474,10 @@ def test_a_resumed_monitor_sees_what_the_whole_run_sees() -> None:
 
 
 def test_a_shorter_window_keeps_the_last_values_and_other_names_are_refused() -> None:
-    whole = Monitor(make_recipe())
+    whole = make_monitor(make_recipe())
     for i, state in enumerate(series(10, entropy=(0.5, 0.41)), start=1):
         whole.observe(i, step_metrics(state))
-    short = Monitor(make_recipe(window=3))
+    short = make_monitor(make_recipe(window=3))
     short.load_state_dict(whole.state_dict())
     assert list(short.history["entropy/exact"]) == pytest.approx([0.43, 0.42, 0.41])
     state = whole.state_dict()
@@ -499,8 +500,8 @@ def make_trainer(recipe: Recipe) -> Any:
     rows = random_rows(4 * GROUP)
     return SimpleNamespace(
         recipe=recipe,
-        monitor=Monitor(recipe),
-        log=MetricsLog(recipe),
+        monitor=make_monitor(recipe),
+        log=make_log(recipe),
         experience_maker=SimpleNamespace(
             decision=ControllerDecision(entropy=1.0, temperature=1.2, alpha=ALPHA),
             method=methods.METHODS["dcpo"],
@@ -565,7 +566,7 @@ def test_the_entry_ends_with_status_3_and_the_reason(
 
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_log_writes_one_object_a_step_with_the_step_first(tmp_path: Path, tensorboard: bool) -> None:
-    log = MetricsLog(make_recipe(tmp_path, tensorboard=tensorboard))
+    log = make_log(make_recipe(tmp_path, tensorboard=tensorboard))
     for step in (1, 2):
         log.write(step, {"policy/loss": 0.5 * step, "time/step": 3})
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -580,7 +581,7 @@ def test_log_writes_one_object_a_step_with_the_step_first(tmp_path: Path, tensor
 def test_log_of_a_resumed_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
     alert = Alert.of("mismatch", step=1, metrics={}, recipe=make_recipe())
     for step in (1, 2):
-        log = MetricsLog(make_recipe(tmp_path))
+        log = make_log(make_recipe(tmp_path))
         log.write(step, {})
         log.event(replace(alert, step=step))
         log.close()
@@ -596,7 +597,7 @@ def test_wandb_offline_keeps_the_metrics_of_a_run_and_of_its_resumption(
         monkeypatch.delenv(name, raising=False)
     recipe = make_recipe(tmp_path, wandb="offline", wandb_project="test")
     for step in (1, 2):
-        log = MetricsLog(recipe)
+        log = make_log(recipe)
         log.write(step, {"entropy/exact": 0.123456 + step})
         log.close()
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -610,9 +611,9 @@ def test_wandb_that_is_missing_is_an_error_that_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    MetricsLog(make_recipe(tmp_path)).close()
+    make_log(make_recipe(tmp_path)).close()
     with pytest.raises(ImportError, match=r"monitor.wandb = offline needs the package wandb.*monitor.wandb=off"):
-        MetricsLog(make_recipe(tmp_path, wandb="offline"))
+        make_log(make_recipe(tmp_path, wandb="offline"))
 
 
 def test_progress_line_tells_where_the_run_stands() -> None:

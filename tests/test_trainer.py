@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from dcpo_openrlhf.assemble import make_controller
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import GraderPool
-from dcpo_openrlhf.trainer import DCPOTrainer, Stopwatch, make_controller
+from dcpo_openrlhf.trainer import DCPOTrainer, Stopwatch
 
 TEXTS = {5: "It is 7", 6: "It is 8", 7: "7 and on and on"}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpo_openrlhf.recipe.schema import Action, Recipe
+from dcpo_openrlhf.recipe.schema import Action
 from dcpo_openrlhf.recipe.schema import Monitor as Bounds
 
 if TYPE_CHECKING:  # the entry imports MonitorStop, and torch takes seconds
@@ -142,12 +142,10 @@ class Alert:
     """Recipe keys to turn, with their present values."""
 
     @classmethod
-    def of(cls, name: str, *, step: int, metrics: Metrics, recipe: Recipe) -> "Alert":
+    def of(cls, name: str, *, step: int, metrics: Metrics, bounds: Bounds, settings: Mapping[str, Any]) -> "Alert":
         cause = CAUSES[name]
         evidence = {metric: metrics[metric] for metric in cause.evidence if metric in metrics}
-        return cls(
-            step, name, getattr(recipe.monitor, f"on_{name}"), evidence, {k: value(recipe, k) for k in cause.keys}
-        )
+        return cls(step, name, getattr(bounds, f"on_{name}"), evidence, {key: settings[key] for key in cause.keys})
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{name} = {number:.4g}" for name, number in self.evidence.items())
@@ -164,8 +162,3 @@ class MonitorStop(RuntimeError):
     def __init__(self, alerts: list[Alert], saved: str) -> None:
         super().__init__("\n".join([*map(str, alerts), saved]))
         self.alerts = alerts
-
-
-def value(recipe: Recipe, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(recipe, section), name)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from dcpo_openrlhf.monitor.causes import Alert
-from dcpo_openrlhf.recipe.schema import Recipe
+from dcpo_openrlhf.recipe.schema import Monitor
 
 
 class Sink(Protocol):
@@ -83,16 +83,14 @@ class WeightsAndBiases:
 
 
 class MetricsLog:
-    """The sinks of a run, by its recipe."""
+    """The sinks of a run, in its folder; `config` is the whole recipe, for those that keep it."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        folder, m = recipe.run.dir, recipe.monitor
+    def __init__(self, folder: Path, m: Monitor, *, config: dict[str, Any]) -> None:
         self._events = JsonLines(folder / "events.jsonl")
         self._sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl")]
         if m.tensorboard:
             self._sinks.append(TensorBoard(folder / "tensorboard"))
         if m.wandb != "off":
-            config = recipe.model_dump(mode="json")
             self._sinks.append(WeightsAndBiases(folder, mode=m.wandb, project=m.wandb_project, config=config))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

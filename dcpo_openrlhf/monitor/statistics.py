@@ -4,91 +4,18 @@ Statistics (`batch_metrics`) -> windows over steps (`Monitor`) -> causes (monito
 """
 
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dcpo_openrlhf import methods, objectives
+from dcpo_openrlhf import objectives
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.monitor.causes import CAUSES, Alert, band
-from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Prompt
-
-FAR = 1000
-"""Steps that stand for "the trend does not lead out of the band"."""
-
-METRICS: dict[str, str] = {
-    "train/step": "rollout step, from 1",
-    "rollout/reward_mean": "mean reward of the responses",
-    "rollout/reward_std": "standard deviation of the rewards, unbiased",
-    "rollout/length_mean": "tokens of a response, mean",
-    "rollout/length_max": "tokens of the longest response",
-    "rollout/truncated_fraction": "share of the responses cut off at rollout.max_new_tokens",
-    "rollout/repetition": "share of the 4-grams among a response's last 512 tokens that stand there earlier; mean",
-    "rollout/no_answer_fraction": "share of the responses without an answer in the asked form",
-    "rollout/form": "share of the correct responses that end by themselves and repeat at most half of their 4-grams; "
-    "1 without a correct response",
-    "group/distinct_answers": "different answers in a group (none counts as one), mean over groups",
-    "group/all_correct": "share of the groups with correct responses alone: no group advantage",
-    "group/all_wrong": "share of the groups without a correct response: no advantage at all",
-    "entropy/exact": "H [nats/token]: over the whole vocabulary, of pi_old at T = 1, mean over tokens",
-    "entropy/sampled": "-log pi_old of the sampled tokens [nats/token], mean over tokens",
-    "entropy/gap": "exact - sampled [nats/token]; near 0 where the engine samples from pi_old",
-    "entropy/target": "H_0 [nats/token]",
-    "entropy/trend": "slope of the line through entropy/exact of the last monitor.window steps [nats/token/step]",
-    "entropy/steps_to_leave": f"steps until that line leaves the target band; 0 outside it, at most {FAR}",
-    "entropy/correct": "H over the tokens of correct responses [nats/token]; absent without one",
-    "entropy/wrong": "H over the tokens of wrong responses [nats/token]; absent without one",
-    "entropy/position_N": "H from the N-th response token to the next such N [nats/token]; absent without tokens there",
-    "entropy/difficulty_N": "H on problems of difficulty N [nats/token]; only where the task names a difficulty",
-    "entropy/solved_none": "H over groups without a correct response [nats/token]; absent without one",
-    "entropy/solved_some": "H over groups with some correct responses [nats/token]; absent without one",
-    "entropy/solved_all": "H over groups with correct responses alone [nats/token]; absent without one",
-    "dcpo/temperature": "T of the target policy",
-    "dcpo/alpha": "weight of the regulariser before mixing; 0 for methods without it",
-    "dcpo/no_success_steps": "steps so far without any correct response: alpha was 0",
-    "dcpo/regulariser_share": "mean |regulariser's part of the advantage| / mean |advantage|, over tokens trained on, "
-    "those drawn from pi_old^T included; 0 for entropy_reg, whose bonus is no advantage",
-    "dcpo/target_ratio_mean": "rho, mean over tokens; 1 in expectation",
-    "dcpo/target_ratio_max": "rho, largest",
-    "dcpo/target_ratio_p01": "rho, 1% quantile, to half a percent (histogram)",
-    "dcpo/target_ratio_p50": "rho, median, to half a percent",
-    "dcpo/target_ratio_p99": "rho, 99% quantile, to half a percent",
-    "dcpo/target_ratio_ess": "(sum rho)^2 / (n sum rho^2): effective share of the tokens, in (0, 1]",
-    "mismatch/prob_diff_mean": "|p_trainer - p_engine| of the sampled tokens, mean",
-    "mismatch/prob_diff_max": "|p_trainer - p_engine| of the sampled tokens, largest",
-    "mismatch/kl": "KL(engine || trainer) from the engine's samples [nats/token]; may be negative",
-    "policy/loss": "loss that was minimised, mean over the step's updates (as all policy/*)",
-    "policy/clip_fraction_high": "share of the tokens above 1 + loss.clip_high where that binds",
-    "policy/clip_fraction_low": "share of the tokens below 1 - loss.clip_low where that binds",
-    "policy/approx_kl": "log pi_old - log pi_theta of the sampled tokens [nats/token]",
-    "policy/entropy": "H of pi_theta during the updates [nats/token]",
-    "policy/grad_norm": "global gradient norm before clipping",
-    "policy/learning_rate": "learning rate",
-    "reward/timeouts": "comparisons so far that ran past reward.deadline",
-    "reward/crashes": "grader processes so far that died",
-    "weights/version": "version of the weights that the engines serve after this step",
-    "monitor/window": "steps behind the trends, at most monitor.window",
-    "monitor/reward_change": "rise of the line through rollout/reward_mean over the window",
-    "monitor/form_change": "rise of the line through rollout/form over the window",
-    "time/rollout": "seconds: responses and their grades",
-    "time/checkpoint": "seconds: waiting for the checkpoint of the step before",
-    "time/token_stats": "seconds: forward of pi_old, advantages",
-    "time/train": "seconds: updates",
-    "time/weight_sync": "seconds: new weights to every engine",
-    "time/step": "seconds: all of the above",
-    "time/monitor": "seconds: these statistics, not part of time/step",
-    **{f"monitor/alert_{name}": f"steps so far with the alert: {cause.meaning}" for name, cause in CAUSES.items()},
-}
-"""Name in metrics.jsonl -> unit and meaning; N stands for a number."""
 
 POSITION_EDGES = (0, 4, 16, 64, 256, 1024, 4096)
 REPETITION_TAIL, REPETITION_GRAM = 512, 4
@@ -288,96 +215,3 @@ def _entropy_profile(
 
 
 # --- over steps ------------------------------------------------------------------------------------------------------
-
-HISTORY = ("entropy/exact", "rollout/reward_mean", "rollout/form")
-"""Metrics whose last `monitor.window` values are kept."""
-
-
-class Monitor:
-    """Windows over the steps, the causes that hold, and what the recipe wants done about them."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.bounds = recipe, recipe.monitor
-        method = methods.METHODS[recipe.method.name]
-        self.causes = {name: cause for name, cause in CAUSES.items() if cause.applies(method)}
-        self.history = {name: deque[float](maxlen=self.bounds.window) for name in HISTORY}
-        self.streak = dict.fromkeys(CAUSES, 0)
-        """Steps in a row for which each cause has held."""
-        self.alerted = dict.fromkeys(CAUSES, 0)
-        """Steps so far at which each cause was alerted."""
-        self.stopping: list[Alert] = []
-        """Alerts of the last step for which the recipe says stop."""
-
-    def observe(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], list[Alert]]:
-        """The metrics with trends and alert counters, and the alerts that begin or stop the run.
-
-        A cause is alerted from the `monitor.patience`-th step in a row for which it holds.
-        """
-        for name, values in self.history.items():
-            values.append(metrics[name])
-        metrics = metrics | self._trends(metrics["entropy/exact"])
-        alerts = []
-        for name, cause in self.causes.items():
-            self.streak[name] = self.streak[name] + 1 if cause.holds(metrics, self.bounds) else 0
-            active = self.streak[name] >= self.bounds.patience
-            self.alerted[name] += active
-            action = getattr(self.bounds, f"on_{name}")
-            if active and (action == "stop" or (action == "warn" and self.streak[name] == self.bounds.patience)):
-                alerts.append(Alert.of(name, step=step, metrics=metrics, recipe=self.recipe))
-        self.stopping = [alert for alert in alerts if alert.action == "stop"]
-        return metrics | {f"monitor/alert_{name}": float(count) for name, count in self.alerted.items()}, alerts
-
-    def _trends(self, entropy: float) -> dict[str, float]:
-        trend = _slope(self.history["entropy/exact"])
-        return {
-            "entropy/trend": trend,
-            "entropy/steps_to_leave": self._steps_to_leave(entropy, trend),
-            "monitor/window": float(len(self.history["entropy/exact"])),
-            "monitor/reward_change": _rise(self.history["rollout/reward_mean"]),
-            "monitor/form_change": _rise(self.history["rollout/form"]),
-        }
-
-    def _steps_to_leave(self, entropy: float, trend: float) -> float:
-        low, high = band(self.recipe.method.target_entropy, self.bounds)
-        if not low <= entropy <= high:
-            return 0.0
-        way = high - entropy if trend > 0 else entropy - low
-        return min(way / abs(trend), float(FAR)) if trend else float(FAR)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Floats, integers and lists: fit for JSON, so that a resumed run sees the same trends."""
-        history = {name: list(values) for name, values in self.history.items()}
-        return {"history": history, "streak": dict(self.streak), "alerted": dict(self.alerted)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; a shorter window keeps its last values. Other names are a ValueError."""
-        own = self.state_dict()
-        for part, names in own.items():
-            if set(state.get(part, ())) != set(names):
-                raise ValueError(
-                    f"the monitor's state needs {part} of {sorted(names)}, got {sorted(state.get(part, ()))}; "
-                    "it is of another version of this program: resume with that one"
-                )
-        for name, values in state["history"].items():
-            self.history[name] = deque(values, maxlen=self.bounds.window)
-        self.streak, self.alerted = dict(state["streak"]), dict(state["alerted"])
-
-
-def _slope(values: Sequence[float] | deque[float]) -> float:
-    """Least-squares slope a step; 0 for fewer than three values, which any noise would tilt."""
-    if len(values) < 3:
-        return 0.0
-    return float(np.polyfit(np.arange(len(values)), np.asarray(values), 1)[0])
-
-
-def _rise(values: deque[float]) -> float:
-    """What the least-squares line gains from the first to the last value."""
-    return _slope(values) * (len(values) - 1)
-
-
-def unknown_metrics(names: Sequence[str]) -> Iterator[str]:
-    """Names that METRICS does not explain."""
-    for name in names:
-        stem, _, number = name.rpartition("_")
-        if name not in METRICS and not (number.isdigit() and f"{stem}_N" in METRICS):
-            yield name

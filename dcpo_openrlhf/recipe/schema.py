@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -355,6 +355,12 @@ class Recipe(Section):
     def generates(self) -> bool:
         """Engines make the responses; a replay reads them."""
         return self.rollout.replay is None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every "section.key" with its value."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
 
     @property
     def updates_per_step(self) -> int:

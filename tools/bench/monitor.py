@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from dcpo_openrlhf import methods, objectives
+from dcpo_openrlhf.assemble import make_monitor
 from dcpo_openrlhf.experience import DCPOExperience
-from dcpo_openrlhf.monitor.statistics import Monitor, batch_metrics
+from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.policy.token_stats import token_stats
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
@@ -66,7 +67,7 @@ def monitor_seconds(batch: list[DCPOExperience], repeats: int) -> float:
     responses = sum(len(e.rewards) for e in batch)
     grades = [Grade(1.0, str(i % 7)) for i in range(responses)]
     prompts = [Prompt(Problem(str(i), "", "", "", difficulty=i % 5), "") for i in range(responses // GROUP)]
-    watch = Monitor(Recipe.model_validate({"model": {"path": "unused"}, "task": {"kind": "arithmetic"}}))
+    watch = make_monitor(Recipe.model_validate({"model": {"path": "unused"}, "task": {"kind": "arithmetic"}}))
     seconds = []
     for step in range(1, repeats + 1):
         begin = time.process_time()

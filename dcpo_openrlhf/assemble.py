@@ -1,0 +1,49 @@
+"""The trainer's parts, from the recipe: the one place below the entry where sections become arguments."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dcpo_openrlhf.controller import EntropyController
+from dcpo_openrlhf.methods import METHODS
+from dcpo_openrlhf.monitor.sinks import MetricsLog
+from dcpo_openrlhf.monitor.trends import Monitor
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.recipe.schema import Recipe
+from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
+from dcpo_openrlhf.rollout.replay import Recorder, Replay
+
+
+def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Responses from the engines, recorded if the recipe says so, or from the recording of an earlier run."""
+    recipe = strategy.recipe
+    if recipe.rollout.replay is not None:
+        return Replay(recipe.rollout.replay)
+    generator = DCPOSamplesGenerator(
+        strategy, None, None, tokenizer, engines, seed=recipe.run.seed, timeout_s=recipe.rollout.timeout
+    )
+    return Recorder(generator, recipe.run.dir / "samples") if recipe.rollout.record else generator
+
+
+def make_controller(recipe: Recipe) -> EntropyController:
+    m = recipe.method
+    return EntropyController(
+        target_entropy=m.target_entropy,
+        temperature_low=m.temperature_low,
+        temperature_high=m.temperature_high,
+        temperature_rule=m.temperature_rule,
+        alpha_schedule=m.alpha_schedule,
+        alpha_max=m.alpha_max,
+        proportional_gain=m.proportional_gain,
+        integral_gain=m.integral_gain,
+        entropy_source=m.entropy_source,
+    )
+
+
+def make_monitor(recipe: Recipe) -> Monitor:
+    m = recipe.method
+    return Monitor(recipe.monitor, method=METHODS[m.name], target_entropy=m.target_entropy, settings=recipe.settings)
+
+
+def make_log(recipe: Recipe) -> MetricsLog:
+    return MetricsLog(recipe.run.dir, recipe.monitor, config=recipe.model_dump(mode="json"))

@@ -1,0 +1,80 @@
+"""Every name in metrics.jsonl, with its unit and meaning."""
+
+from collections.abc import Iterator, Sequence
+
+from dcpo_openrlhf.monitor.causes import CAUSES
+
+FAR = 1000
+"""Steps that stand for "the trend does not lead out of the band"."""
+METRICS: dict[str, str] = {
+    "train/step": "rollout step, from 1",
+    "rollout/reward_mean": "mean reward of the responses",
+    "rollout/reward_std": "standard deviation of the rewards, unbiased",
+    "rollout/length_mean": "tokens of a response, mean",
+    "rollout/length_max": "tokens of the longest response",
+    "rollout/truncated_fraction": "share of the responses cut off at rollout.max_new_tokens",
+    "rollout/repetition": "share of the 4-grams among a response's last 512 tokens that stand there earlier; mean",
+    "rollout/no_answer_fraction": "share of the responses without an answer in the asked form",
+    "rollout/form": "share of the correct responses that end by themselves and repeat at most half of their 4-grams; "
+    "1 without a correct response",
+    "group/distinct_answers": "different answers in a group (none counts as one), mean over groups",
+    "group/all_correct": "share of the groups with correct responses alone: no group advantage",
+    "group/all_wrong": "share of the groups without a correct response: no advantage at all",
+    "entropy/exact": "H [nats/token]: over the whole vocabulary, of pi_old at T = 1, mean over tokens",
+    "entropy/sampled": "-log pi_old of the sampled tokens [nats/token], mean over tokens",
+    "entropy/gap": "exact - sampled [nats/token]; near 0 where the engine samples from pi_old",
+    "entropy/target": "H_0 [nats/token]",
+    "entropy/trend": "slope of the line through entropy/exact of the last monitor.window steps [nats/token/step]",
+    "entropy/steps_to_leave": f"steps until that line leaves the target band; 0 outside it, at most {FAR}",
+    "entropy/correct": "H over the tokens of correct responses [nats/token]; absent without one",
+    "entropy/wrong": "H over the tokens of wrong responses [nats/token]; absent without one",
+    "entropy/position_N": "H from the N-th response token to the next such N [nats/token]; absent without tokens there",
+    "entropy/difficulty_N": "H on problems of difficulty N [nats/token]; only where the task names a difficulty",
+    "entropy/solved_none": "H over groups without a correct response [nats/token]; absent without one",
+    "entropy/solved_some": "H over groups with some correct responses [nats/token]; absent without one",
+    "entropy/solved_all": "H over groups with correct responses alone [nats/token]; absent without one",
+    "dcpo/temperature": "T of the target policy",
+    "dcpo/alpha": "weight of the regulariser before mixing; 0 for methods without it",
+    "dcpo/no_success_steps": "steps so far without any correct response: alpha was 0",
+    "dcpo/regulariser_share": "mean |regulariser's part of the advantage| / mean |advantage|, over tokens trained on, "
+    "those drawn from pi_old^T included; 0 for entropy_reg, whose bonus is no advantage",
+    "dcpo/target_ratio_mean": "rho, mean over tokens; 1 in expectation",
+    "dcpo/target_ratio_max": "rho, largest",
+    "dcpo/target_ratio_p01": "rho, 1% quantile, to half a percent (histogram)",
+    "dcpo/target_ratio_p50": "rho, median, to half a percent",
+    "dcpo/target_ratio_p99": "rho, 99% quantile, to half a percent",
+    "dcpo/target_ratio_ess": "(sum rho)^2 / (n sum rho^2): effective share of the tokens, in (0, 1]",
+    "mismatch/prob_diff_mean": "|p_trainer - p_engine| of the sampled tokens, mean",
+    "mismatch/prob_diff_max": "|p_trainer - p_engine| of the sampled tokens, largest",
+    "mismatch/kl": "KL(engine || trainer) from the engine's samples [nats/token]; may be negative",
+    "policy/loss": "loss that was minimised, mean over the step's updates (as all policy/*)",
+    "policy/clip_fraction_high": "share of the tokens above 1 + loss.clip_high where that binds",
+    "policy/clip_fraction_low": "share of the tokens below 1 - loss.clip_low where that binds",
+    "policy/approx_kl": "log pi_old - log pi_theta of the sampled tokens [nats/token]",
+    "policy/entropy": "H of pi_theta during the updates [nats/token]",
+    "policy/grad_norm": "global gradient norm before clipping",
+    "policy/learning_rate": "learning rate",
+    "reward/timeouts": "comparisons so far that ran past reward.deadline",
+    "reward/crashes": "grader processes so far that died",
+    "weights/version": "version of the weights that the engines serve after this step",
+    "monitor/window": "steps behind the trends, at most monitor.window",
+    "monitor/reward_change": "rise of the line through rollout/reward_mean over the window",
+    "monitor/form_change": "rise of the line through rollout/form over the window",
+    "time/rollout": "seconds: responses and their grades",
+    "time/checkpoint": "seconds: waiting for the checkpoint of the step before",
+    "time/token_stats": "seconds: forward of pi_old, advantages",
+    "time/train": "seconds: updates",
+    "time/weight_sync": "seconds: new weights to every engine",
+    "time/step": "seconds: all of the above",
+    "time/monitor": "seconds: these statistics, not part of time/step",
+    **{f"monitor/alert_{name}": f"steps so far with the alert: {cause.meaning}" for name, cause in CAUSES.items()},
+}
+"""Name in metrics.jsonl -> unit and meaning; N stands for a number."""
+
+
+def unknown_metrics(names: Sequence[str]) -> Iterator[str]:
+    """Names that METRICS does not explain."""
+    for name in names:
+        stem, _, number = name.rpartition("_")
+        if name not in METRICS and not (number.isdigit() and f"{stem}_N" in METRICS):
+            yield name
