@@ -156,7 +156,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from dcpo_openrlhf import cpu
+from dcpo_openrlhf.policy import cpu as allocator
+from dcpo_openrlhf.policy.megatron import cpu
 torch.set_num_threads(1)
 cpu.install()
 from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
@@ -184,7 +185,7 @@ before = resident("VmRSS")
 policy = build_policy(model=Model(path=Path(path), dtype=dtype), parallel=parallel, train=train, mesh=mesh)
 step = PolicyStep(policy, optimizer=Optimizer(), loss=Loss(), micro_batch_size=batch, total_updates=9)
 step.update(rows(1, 64))  # makes Adam's moments
-cpu.return_freed_memory()
+allocator.return_freed_memory()
 states = resident("VmRSS") - before
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
 step.update(rows(batch, time))

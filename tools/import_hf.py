@@ -22,7 +22,7 @@ from dcpo_openrlhf import checkpoint
 
 def import_hf(model: Path, checkpoints: Path, *, dtype: Literal["bf16", "fp32"] = "bf16") -> Path:
     """The checkpoint's folder, step_000000 in `checkpoints`, written aside and renamed when whole."""
-    from dcpo_openrlhf.policy import cpu
+    from dcpo_openrlhf.policy.megatron import cpu
 
     cpu.install()
     from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint

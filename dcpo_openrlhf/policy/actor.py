@@ -1,4 +1,4 @@
-"""The policy as Ray actors: OpenRLHF's BaseModelActor around megatron/ or zero/; the group deals rows to data ranks."""
+"""The policy as Ray actors: OpenRLHF's BaseModelActor around a trainer; the group deals rows to data ranks."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -190,7 +190,7 @@ class MegatronActorBase(PolicyActor):
 
     def _build(self, recipe: Recipe) -> tuple[type, Any]:
         if recipe.run.device == "cpu":
-            from dcpo_openrlhf.policy import cpu
+            from dcpo_openrlhf.policy.megatron import cpu
 
             cpu.install()
         from dcpo_openrlhf.policy.megatron.mesh import init_mesh

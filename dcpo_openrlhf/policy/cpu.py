@@ -68,7 +68,7 @@ _mode: _CudaNamesMeanCpu | None = None
 
 
 def install() -> None:
-    """Let this process run megatron-core and OpenRLHF on CPU from now on, in the calling thread. Idempotent."""
+    """Let this process run libraries written for CUDA from now on, in the calling thread. Idempotent."""
     global _mode
     if _mode is not None:
         return
@@ -85,26 +85,8 @@ def install() -> None:
     torch.cuda.stream = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[assignment]
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
-    _patch_megatron()
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()
-
-
-def _patch_megatron() -> None:
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import token_dispatcher
-
-    from dcpo_openrlhf.policy.megatron.fused import packed_rotary
-
-    rope_utils.fused_apply_rotary_pos_emb_thd = packed_rotary  # in Transformer Engine's place
-    # activation recomputation keeps the generator's state in a way of its own; the CPU generator's is kept beside it
-    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)  # type: ignore[assignment]
-    random._set_cuda_rng_state = lambda *_, **__: None
-    # counts of tokens become numbers for the collective on their way from the GPU: here they take no way
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
-    )
 
 
 def return_freed_memory() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from dcpo_openrlhf.policy import cpu
+from dcpo_openrlhf.policy.megatron import cpu
 from dcpo_openrlhf.policy.megatron.mesh import init_mesh
 from dcpo_openrlhf.policy.megatron.model import Policy, build_policy
 from dcpo_openrlhf.policy.megatron.step import PolicyStep

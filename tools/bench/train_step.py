@@ -52,7 +52,7 @@ def ragged_rows(options: argparse.Namespace, vocab_size: int) -> Rows:
 
 
 def our_side(options: argparse.Namespace, rows: Rows) -> dict[str, Callable[[], object]]:
-    from dcpo_openrlhf.policy import cpu
+    from dcpo_openrlhf.policy.megatron import cpu
     from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
 
     cpu.install()
