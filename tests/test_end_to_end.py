@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.bounds import ENDS_S, HANG_S
-from tests.test_processor import AVX2
+from tests.recipe.test_processor import AVX2
 from tests.tiny import make_biased_model
 
 MARK = "DCPO_TEST_MARK"

@@ -23,7 +23,7 @@ TOKENS = torch.arange(24).reshape(2, 12) * 7 % 251
 def _save(rank: int, world_size: int, model: Path, folder: Path, sizes: dict[str, Any]) -> torch.Tensor:
     """One update, then a checkpoint; the policy's log-probs of TOKENS."""
     from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
-    from tests.megatron.common import make_policy, make_step, random_rows
+    from tests.policy.megatron.common import make_policy, make_step, random_rows
 
     step = make_step(make_policy(model, rank=rank, world_size=world_size, **sizes))
     step.update(random_rows().part(step.mesh.data_rank, step.mesh.data_size))
@@ -35,7 +35,7 @@ def _save(rank: int, world_size: int, model: Path, folder: Path, sizes: dict[str
 
 def _load(rank: int, world_size: int, model: Path, folder: Path, sizes: dict[str, Any]) -> torch.Tensor:
     from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
-    from tests.megatron.common import make_policy, make_step
+    from tests.policy.megatron.common import make_policy, make_step
 
     step = make_step(make_policy(model, rank=rank, world_size=world_size, **sizes))
     PolicyCheckpoint(step).load(folder)

@@ -17,7 +17,7 @@ from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
 from tools.smollm2 import default_output
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "model_configs"
 PUBLISHED = {
     # total, and active per token with the embedding left out [10^9]; the model cards say 7.61, 32.5, 4.0, 30.5 and 235

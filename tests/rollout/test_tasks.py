@@ -22,7 +22,7 @@ from dcpo_openrlhf.rollout.tasks import (
 )
 from tests.tiny import make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 GOOD = {"id": "a", "problem": "1+1?", "answer": "2", "source": "test"}
 PROBLEM = Problem("a", "1+1?", "2", "test")

@@ -10,7 +10,7 @@ from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.rules import rules
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}
 
 

@@ -17,7 +17,7 @@ from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, last_integer
 from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
 from tests.bounds import HANG_S
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 HANGS = "10^{10^{10^{10}}}"  # inside a C function, where no Python signal handler runs
 
 
@@ -232,7 +232,7 @@ if sys.argv[1] != "exit":
 @pytest.mark.parametrize(("state", "deadline"), [("exit", 60), ("idle", 60), ("busy", 5)])
 def test_no_worker_outlives_its_parent(state, deadline):
     command = [sys.executable, "-c", PARENT, state, str(deadline)]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=root)
     # The worker holds the same stderr: its end of file comes when both have ended.
     _, errors = parent.communicate(timeout=HANG_S)
@@ -271,7 +271,7 @@ def test_wrong_grading_arguments_are_refused(pool):
 
 def test_the_module_imports_neither_sympy_nor_torch_nor_ray():
     code = "import sys, dcpo_openrlhf.reward.pool; print(*({'sympy', 'torch', 'ray', 'vllm'} & set(sys.modules)))"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True).stdout == b"\n"
 
 

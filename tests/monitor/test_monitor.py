@@ -29,7 +29,7 @@ from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import DCPOTrainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GROUP, ALPHA = 4, 0.3
 
 

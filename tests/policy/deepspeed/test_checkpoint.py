@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from dcpo_openrlhf import checkpoint
 from tests.distributed import run_distributed
+from tests.policy.deepspeed.common import make_recipe, make_step
 from tests.tiny import make_tiny_model
-from tests.zero.common import make_recipe, make_step
 from tools import export_hf
 
 BEFORE, AFTER = (0, 1), (2, 3)
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _update(step: Any, seeds: tuple[int, ...]) -> list[dict[str, float]]:
-    from tests.megatron.common import random_rows
+    from tests.policy.megatron.common import random_rows
 
     mesh = step.mesh
     return [step.update(random_rows(seed=seed).part(mesh.data_rank, mesh.data_size)) for seed in seeds]

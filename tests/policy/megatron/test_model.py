@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dcpo_openrlhf.policy.megatron.model import hf_shapes, hf_tensors
 from tests.distributed import run_distributed
-from tests.megatron.common import make_policy, make_step, random_rows
+from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import ARCHITECTURE_FIELDS, make_tiny_model
 
 MODELS = [(architecture, tie) for architecture in ARCHITECTURE_FIELDS for tie in (True, False)]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dcpo_openrlhf.policy.megatron.mesh import tensor_group
 from dcpo_openrlhf.policy.rows import Packed, Rows
 from tests.distributed import run_distributed
-from tests.megatron.common import make_policy, make_step
+from tests.policy.megatron.common import make_policy, make_step
 from tools.smollm2 import ensure_smollm2
 
 TEXTS = ["What is 3 + 4? Answer with only the number.", "The capital of France is Paris. The capital of Italy is"]

@@ -94,7 +94,7 @@ def test_greedy_outputs_are_equal_after_the_first_sync(recipe: Recipe, stack) ->
 
 def test_rows_are_dealt_by_data_rank_and_come_back_in_order(stack) -> None:
     group, _ = stack
-    from tests.megatron.common import random_rows
+    from tests.policy.megatron.common import random_rows
 
     assert group.data_ranks == [0, 0]
     batches = [random_rows(seed=seed) for seed in (0, 1)]

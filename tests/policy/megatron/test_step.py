@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from tests.distributed import run_distributed
-from tests.megatron.common import make_policy, make_step, random_rows
+from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
 # name: (processes, architecture, mesh and recomputation)

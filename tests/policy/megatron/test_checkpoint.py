@@ -10,7 +10,7 @@ import torch
 from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from tests.distributed import run_distributed
-from tests.megatron.common import make_policy, make_step, random_rows
+from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
 BEFORE, AFTER = (0, 1), (2, 3)

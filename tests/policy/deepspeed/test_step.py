@@ -14,10 +14,10 @@ from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Optimizer
 from tests.bounds import HANG_S
 from tests.distributed import run_distributed
+from tests.policy.deepspeed.common import make_recipe, make_step
 from tests.tiny import make_tiny_model
-from tests.zero.common import make_recipe, make_step
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEMPERATURES = [0.8, 1.2]
 # name: (processes, ZeRO stage, architecture, train.*)
 RUNS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
@@ -30,7 +30,7 @@ RUNS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
 
 def rows(seed: int = 0) -> Rows:
     """Those of the Megatron tests, and every term that a loss can have."""
-    from tests.megatron.common import random_rows
+    from tests.policy.megatron.common import random_rows
 
     made, g = random_rows(seed=seed), torch.Generator().manual_seed(seed)
     return replace(
@@ -44,7 +44,7 @@ def rows(seed: int = 0) -> Rows:
 def _megatron(rank: int, world_size: int, models: dict[str, Path]) -> dict[str, Any]:
     """{architecture: (statistics, gradients, metrics of two updates, weights)} of one process."""
     from dcpo_openrlhf.policy.megatron.model import hf_tensors
-    from tests.megatron.common import make_policy, make_step
+    from tests.policy.megatron.common import make_policy, make_step
 
     results = {}
     for architecture, path in models.items():
@@ -70,9 +70,8 @@ def _gradients_of_megatron(step: Any) -> dict[str, Tensor]:
 
 def _zero(rank: int, world_size: int, models: dict[str, Path], names: list[str]) -> dict[str, Any]:
     """{run: what `_megatron` gives, statistics of this rank's rows alone}."""
-    from deepspeed.utils import safe_get_full_grad
-
     from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
+    from deepspeed.utils import safe_get_full_grad
 
     results = {}
     for name in names:

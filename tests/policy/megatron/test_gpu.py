@@ -19,7 +19,7 @@ from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
 from dcpo_openrlhf.policy.megatron.mesh import close_mesh
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from dcpo_openrlhf.policy.token_stats import token_stats
-from tests.megatron.common import make_policy, make_step, random_rows
+from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
 pytestmark = [
@@ -217,7 +217,7 @@ def _peak(device: str, path: Path, layers: str, recompute: str, tokens: int) -> 
     from dcpo_openrlhf.recipe import memory
     from dcpo_openrlhf.recipe.load import load_recipe
 
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     overrides = [f"model.path={path}", f"model.layers={layers}", f"train.recompute={recompute}"]
     overrides += ["parallel.devices_per_node=1", "parallel.tensor=1", "parallel.sequence_parallel=false"]
     overrides += ["rollout.engines=1", "rollout.tensor_parallel=1", f"train.micro_batch_tokens={tokens}"]
