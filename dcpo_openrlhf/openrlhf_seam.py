@@ -38,6 +38,31 @@ def install_flash_attn_stub() -> None:
     sys.modules["flash_attn"].__version__ = "0.0.0"  # type: ignore[attr-defined]
 
 
+_CONSTANT: dict[str, dict[str, Any]] = {
+    "critic": {"freezing_steps": -1, "model_name_or_path": None},
+    "algo": {
+        "dynamic_filtering_enable": False,
+        "dynamic_filtering_range": (0.0, 1.0),
+        "kl": {"init_coef": 0.0, "target": None, "horizon": 10000, "estimator": "k3", "use_loss": False},
+        "advantage": {
+            "estimator": "group_norm",
+            "gamma": 1.0,
+            "lambd": 1.0,
+            "no_std_norm": False,
+            "is_correction_level": "off",
+        },
+    },
+    "reward": {
+        "clip_range": (-10.0, 10.0),
+        "overlong_buffer_len": None,
+        "overlong_penalty_factor": None,
+        "stop_properly_penalty_coef": None,
+    },
+    "logger": {"logging_steps": 1, "tensorboard_dir": None, "wandb": {"key": None}},
+}
+"""What no recipe changes: no critic, no KL penalty, no filtering, no reward shaping, no logging of OpenRLHF's own."""
+
+
 def openrlhf_args(recipe: Recipe) -> Namespace:
     """The arguments that the reused OpenRLHF modules read, as its own parser would give them."""
     train, parallel, rollout = recipe.train, recipe.parallel, recipe.rollout
@@ -46,19 +71,6 @@ def openrlhf_args(recipe: Recipe) -> Namespace:
             "model_name_or_path": str(recipe.model.path),
             "num_nodes": parallel.nodes,
             "num_gpus_per_node": parallel.devices_per_node,
-        },
-        "critic": {"freezing_steps": -1, "model_name_or_path": None},
-        "algo": {
-            "dynamic_filtering_enable": False,
-            "dynamic_filtering_range": (0.0, 1.0),
-            "kl": {"init_coef": 0.0, "target": None, "horizon": 10000, "estimator": "k3", "use_loss": False},
-            "advantage": {
-                "estimator": "group_norm",
-                "gamma": 1.0,
-                "lambd": 1.0,
-                "no_std_norm": False,
-                "is_correction_level": "off",
-            },
         },
         "rollout": {
             "batch_size": train.prompts_per_step,
@@ -96,12 +108,6 @@ def openrlhf_args(recipe: Recipe) -> Namespace:
             "num_engines": rollout.engines,
             "tensor_parallel_size": rollout.tensor_parallel,
         },
-        "reward": {
-            "clip_range": (-10.0, 10.0),
-            "overlong_buffer_len": None,
-            "overlong_penalty_factor": None,
-            "stop_properly_penalty_coef": None,
-        },
         "eval": {
             "dataset": None,
             "steps": float("inf"),
@@ -114,9 +120,8 @@ def openrlhf_args(recipe: Recipe) -> Namespace:
             "load_enable": False,
             "best_metric_key": "none",
         },
-        "logger": {"logging_steps": 1, "tensorboard_dir": None, "wandb": {"key": None}},
     }
-    return _namespace(tree)
+    return _namespace(_CONSTANT | tree)
 
 
 def _namespace(tree: dict[str, Any]) -> Namespace:

@@ -19,9 +19,9 @@ This page is generated: `python -m tools.reference > docs/configuration.md`.
 A recipe is YAML and lists only what differs from the defaults; a command line adds `section.key=value`.
 `base: FILE` at its top level, a path from the recipe's own folder, names a recipe that this one is laid over, section
 by section.
-Unknown keys, wrong types and broken rules are errors, all told at once. Rules between keys (`config._rules`) and
-what model, data and machine allow (`preflight.py`) are checked before anything starts; `--dry-run` does only that
-and prints the whole recipe. `~` and `$VARIABLES` are filled in in paths.
+Unknown keys, wrong types and broken rules are errors, all told at once. Rules between keys (`recipe/rules.py`) and
+what model, data and machine allow (`recipe/preflight.py`) are checked before anything starts; `--dry-run` does only
+that and prints the whole recipe. `~` and `$VARIABLES` are filled in in paths.
 """
 _BOUNDS = {rules.Gt: (">", "gt"), rules.Ge: ("≥", "ge"), rules.Lt: ("<", "lt"), rules.Le: ("≤", "le")}
 

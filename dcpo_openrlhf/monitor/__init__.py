@@ -1,4 +1,4 @@
-"""What a step says: statistics of its tokens and answers, trends over steps, causes with their evidence, sinks.
+"""What a step says: statistics of its tokens and answers, trends over the steps, causes, and where all of it goes.
 
-Door: statistics, trends, causes, sinks.
+Door: metrics, statistics, trends, causes, sinks.
 """

@@ -1,4 +1,4 @@
-"""The policy as Ray actors, and what both trainers share; neither megatron-core nor DeepSpeed is imported here.
+"""The policy: Ray actors over one of two trainers, and what these share; megatron-core and DeepSpeed stay in theirs.
 
-Door: actor; rows, token_stats, micro_batch, hf_folder and cpu for whoever computes with them.
+Door: actor, rows.
 """

@@ -14,7 +14,7 @@ GIB = 2**30
 RESERVE = {"cuda": 2 * GIB, "cpu": 0}
 """Assumed for what no tensor of ours holds: CUDA context, nccl's buffers, the allocator's gaps [bytes]."""
 STATS_BUFFERS = {"cuda": 2 * 2**26 * 4, "cpu": 2 * 2**18 * 4}
-"""Two fp32 blocks of megatron/token_stats.py [bytes]; on cpu for each thread, of which one is counted."""
+"""Two fp32 blocks of policy/token_stats.py [bytes]; on cpu for each thread, of which one is counted."""
 ZERO_BUCKET = 5 * 10**8
 """DeepSpeed's reduce_bucket_size: gradients that wait for their reduction [parameters]."""
 ZERO_LIVE = 10**9

@@ -67,7 +67,7 @@ class Task(Section):
     level: Annotated[int, Field(ge=1)] = 1
     """Difficulty of the built-in arithmetic."""
     template: str = "boxed_think"
-    """Name of a prompt template in tasks.py, or a text with {problem} in it."""
+    """Name of a prompt template in rollout/tasks.py, or a text with {problem} in it."""
     system: str | None = None
     chat: bool = True
     """Wrap the prompt with the tokenizer's chat template as one user turn."""

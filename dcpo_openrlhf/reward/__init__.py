@@ -1,4 +1,4 @@
 """From response to reward and success: extraction, comparison, killable workers.
 
-Door: pool (GraderPool, Grade), and grade for single items.
+Door: pool (GraderPool, Grade).
 """

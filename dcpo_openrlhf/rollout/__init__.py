@@ -1,4 +1,4 @@
-"""From prompt to response: prompts, vLLM engines as Ray actors, the generator that feeds them, checks, replay.
+"""From prompt to response: prompts, vLLM engines as Ray actors, the generator over them, checks, replay.
 
-Door: tasks, pool, generator, replay, checks.
+Door: tasks, pool, generator, checks, replay.
 """

@@ -3,6 +3,8 @@
 A sync: the source yields (HF name, tensor) on every trainer rank, rank 0 packs them into buckets, every engine worker
 loads a bucket as it arrives. `nccl` and `ipc` are vLLM's backends; `gloo` and `shared_memory`, for CPU, are ours.
 Importing this package is cheap: vLLM imports it in every process it starts.
+
+Door: connect, WeightSync, WeightSyncError, register, TRANSPORTS, ACTOR_PID; source (LiveWeights).
 """
 
 from typing import TYPE_CHECKING, Any
