@@ -218,8 +218,8 @@ def twin(rows: Sequence[Row], method: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("method", ["grpo", "dcpo", "j1", "j3", "dcpo_wo_reinforce", "entropy_reg", "entropy_adv"])
 def test_statistics_equal_the_plain_twin(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor, "REPETITION_TAIL", 12)
-    monkeypatch.setattr(monitor, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(statistics, "REPETITION_TAIL", 12)
+    monkeypatch.setattr(statistics, "CHUNK_ROWS", 5)
     rows = random_rows(6 * GROUP)
     found, expected = metrics_of(rows, method, split=3 * GROUP), twin(rows, method)
     quantiles = {name: found.pop(name) for name in list(found) if re.search(r"_p\d\d$", name)}
@@ -495,6 +495,10 @@ STATUS = {f"policy/{n}": 0.1 for n in ("loss", "clip_fraction_high", "clip_fract
 }
 
 
+def alert_of(name: str, recipe: Recipe, **step: Any) -> Alert:
+    return Alert.of(name, bounds=recipe.monitor, settings=recipe.settings, **step)
+
+
 def make_trainer(recipe: Recipe) -> Any:
     """What DCPOTrainer.record and close read of a trainer."""
     rows = random_rows(4 * GROUP)
@@ -549,7 +553,7 @@ def test_the_entry_ends_with_status_3_and_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def stop(recipe: Recipe) -> None:
-        alert = Alert.of("collapse", step=9, metrics={"entropy/exact": 0.01}, recipe=recipe)
+        alert = alert_of("collapse", recipe, step=9, metrics={"entropy/exact": 0.01})
         raise MonitorStop([alert], saved="saved there")
 
     monkeypatch.setattr(train_dcpo, "run", stop)
@@ -579,7 +583,7 @@ def test_log_writes_one_object_a_step_with_the_step_first(tmp_path: Path, tensor
 
 
 def test_log_of_a_resumed_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
-    alert = Alert.of("mismatch", step=1, metrics={}, recipe=make_recipe())
+    alert = alert_of("mismatch", make_recipe(), step=1, metrics={})
     for step in (1, 2):
         log = make_log(make_recipe(tmp_path))
         log.write(step, {})
