@@ -115,7 +115,7 @@ def test_damage_is_named_and_passed_over(
     with caplog.at_level(logging.WARNING):
         found = resume_point(recipe)
     assert found is not None and found.step == 2
-    (warning,) = caplog.messages
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert "step_000003 is damaged and passed over" in warning and said in warning
     assert (tmp_path / "checkpoints/step_000003").is_dir()  # for a person to look at
 

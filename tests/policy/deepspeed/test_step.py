@@ -184,7 +184,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 for module in ("model", "step", "checkpoint", "memory"):
     importlib.import_module(f"dcpo_openrlhf.policy.deepspeed.{module}")
-for module in ("actor", "trainer", "train_dcpo", "weight_sync.source"):
+for module in ("policy.actor", "trainer", "train_dcpo", "weight_sync.source"):
     importlib.import_module(f"dcpo_openrlhf.{module}")
 importlib.import_module("tools.export_hf")
 """
