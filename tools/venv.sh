@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Usage: tools/venv.sh FOLDER UV_REQUIREMENT [PYTHON]
-# Makes FOLDER a virtual environment of Python 3.11 with uv in it: of PYTHON if that is given, else of the first
-# python3.11 that answers, else of the one that uv finds on this machine or fetches.
+# Makes FOLDER a virtual environment of Python 3.12 with uv in it: of PYTHON if that is given, else of the first
+# python3.12 that answers, else of the one that uv finds on this machine or fetches.
 set -euo pipefail
 folder=$1 uv_requirement=$2 given=${3:-}
-want="3.11"
+want="3.12"
 
 fail() {
   echo "setup needs Python $want: $1" >&2
@@ -20,7 +20,8 @@ if [[ -n $given ]]; then
   found=$given
 else
   found=""
-  for candidate in "python$want" python3 python; do
+  # pyenv's shims answer for one version alone; the others lie beside it
+  for candidate in "python$want" python3 python "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$want".*/bin/python3; do
     if answers "$candidate" && "$candidate" -c "import ensurepip" 2>/dev/null; then
       found=$candidate
       break
@@ -35,7 +36,7 @@ else
     helper=$(mktemp -d)
     trap 'rm -rf "$helper"' EXIT
     any=""
-    for candidate in python3 python python3.14 python3.13 python3.12 python3.10; do
+    for candidate in python3 python python3.14 python3.13 python3.11 python3.10; do
       if "$candidate" -c "import ensurepip" >/dev/null 2>&1; then
         any=$candidate
         break

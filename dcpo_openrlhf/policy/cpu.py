@@ -21,7 +21,7 @@ _CUDA_TYPE = {
 class _CudaNamesMeanCpu(TorchFunctionMode):
     """Maps device="cuda" (or an index) to cpu, makes Tensor.cuda() a no-op, and reports CUDA tensor types.
 
-    megatron-core 0.16.1 writes device='cuda' in its schedules and compares Tensor.type() with torch.cuda.*Tensor in
+    megatron-core 0.19.2 writes device='cuda' in its schedules and compares Tensor.type() with torch.cuda.*Tensor in
     its optimizer.
     """
 

@@ -19,7 +19,7 @@ from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 TESTED = {
     "torch": "2.13.0",
     "deepspeed": "0.19.6",
-    "megatron-core": "0.16.1",
+    "megatron-core": "0.19.2",
     "openrlhf": "0.11.2",
     "ray": "2.55.0",
     "transformers": "5.15.0",

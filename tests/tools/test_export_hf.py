@@ -116,7 +116,7 @@ def test_what_is_no_whole_checkpoint_or_another_model_is_refused(
     assert "2 layers" in (err := capsys.readouterr().err) and "--model DIR" in err
     assert export_hf.main([*arguments, "--model", str(tmp_path / "gone")]) == 2
     assert "is not at" in capsys.readouterr().err
-    (folder / "common.pt").write_bytes(b"")
+    (folder / "metadata.json").write_bytes(b"")
     assert export_hf.main(arguments) == 2
-    assert "common.pt has 0 bytes" in capsys.readouterr().err
+    assert "metadata.json has 0 bytes" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()

@@ -45,7 +45,11 @@ class PolicyCheckpoint:
         thread does the writing, and what it writes is a copy.
         """
         request = dist_checkpointing.save(
-            self._state(loading=False), str(folder), async_sharded_save=True, content_metadata=dict(_FORMAT)
+            self._state(loading=False),
+            str(folder),
+            async_sharded_save=True,
+            async_strategy="mcore",
+            content_metadata=dict(_FORMAT),
         )
         assert request is not None
         self._request, self._sums = request, {}
@@ -57,24 +61,26 @@ class PolicyCheckpoint:
             (path, key, (objects, [(item, t.clone() if _storage(t) in live else t) for item, t in tensors]))
             for path, key, (objects, tensors) in request.preload_fn()
         ]
-        transforms, results = request.async_fn.args[0], request.async_fn_args[2]
-        self._writing = threading.Thread(target=self._write, args=(buckets, transforms, results), daemon=True)
+        arguments = (buckets, request.async_fn.args[0], request.async_fn_args[2])
+        self._writing = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._writing.start()
 
     def _write(self, buckets: list[Any], transforms: Any, results: queue.Queue) -> None:
-        """Write every bucket; (index, write results) or the error go where megatron-core's finalisation looks."""
-        done: Any = queue.Queue()
-        counter: Any = queue.Queue()
+        """Write every bucket; {index: what was written} or the error go where megatron-core's finalisation looks.
+
+        Its own loop over the buckets tells no more of an error than its class.
+        """
+        written = {}
         try:
             for index, bucket in enumerate(buckets):
-                counter.put(index)
-                filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                    transforms, index, bucket, done, counter, True
+                _, found = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                    transforms, index, bucket, None, None, True
                 )
-            written = dict(done.get_nowait() for _ in buckets)
-            failed = [r for r in written.values() if isinstance(r, Exception)]
-            self._sums = {} if failed else {Path(bucket[0]).name: file_sum(Path(bucket[0])) for bucket in buckets}
-            results.put(failed[0] if failed else written)
+                if isinstance(found, Exception):
+                    raise found
+                written[index] = found
+            self._sums = {Path(path).name: file_sum(Path(path)) for path, *_ in buckets}
+            results.put(written)
         except Exception as error:
             results.put(error)
 

@@ -89,11 +89,15 @@ def packed_rotary(
     freqs: Float[Tensor, "longest 1 1 dim"],
     cp_size: int = 1,
     cp_rank: int = 0,
+    interleaved: bool = False,
 ) -> Float[Tensor, "tokens heads dim"]:
     """Rotary embedding: each token turned by the angles of its place in its own sequence.
 
-    Takes the place of Transformer Engine's in megatron-core. Both halves of `freqs` are the same.
+    Takes the place of Transformer Engine's in megatron-core. Both halves of `freqs` are the same; `interleaved` angles,
+    as of deepseek, are not.
     """
+    if interleaved:
+        raise ValueError("rotary embedding of interleaved pairs is not fused; set apply_rope_fusion=False")
     cos, sin = _angles(cu_seqlens, freqs, cp_size, cp_rank, t.dtype)
     return _Rotate.apply(t, cos, sin)  # pyright: ignore[reportReturnType]
 

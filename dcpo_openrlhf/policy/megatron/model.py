@@ -14,7 +14,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -249,10 +248,8 @@ def _layer_spec(config: TransformerConfig, layers: str, device: str, chunk: int 
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
-    mlp = parts.mlp.submodules
-    (mlp.experts.submodules if moe else mlp).activation_func = SwiGLU
-    # without Transformer Engine the name is missing, where megatron-core's router asks whether it is None
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # type: ignore[attr-defined]
+    mlp = parts.mlp.keywords["submodules"]
+    (mlp.experts.keywords["submodules"] if moe else mlp).activation_func = SwiGLU
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm  # a class, where megatron-core's annotation says module or spec
