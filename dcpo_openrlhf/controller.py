@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 AlphaSchedule = Literal["reference", "paper", "constant", "pi"]
 TemperatureRule = Literal["switch", "continuous"]
 EntropySource = Literal["exact", "lagged_sampled"]
-Number: TypeAlias = float | int  # at run time, beartype does not let an int pass for a float
+type Number = float | int  # at run time, beartype does not let an int pass for a float
 
 
 class ControllerDecision(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,7 +40,7 @@ class MixInputs:
     entropy_adv_kappa: Number
 
 
-Mix: TypeAlias = Callable[[MixInputs], tuple[Tensor, ...]]
+type Mix = Callable[[MixInputs], tuple[Tensor, ...]]
 
 
 def _merged(x: MixInputs) -> tuple[Tensor, ...]:

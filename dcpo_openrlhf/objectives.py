@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,10 +17,10 @@ from torch import Tensor
 Mixing = Literal["convex", "additive"]
 Aggregation = Literal["sequence_mean", "token_mean"]
 
-Number: TypeAlias = float | int  # at run time, beartype does not let an int pass for a float
+type Number = float | int  # at run time, beartype does not let an int pass for a float
 # True or nonzero on the tokens that count; OpenRLHF's action masks come as bool, int or float.
-RowMask: TypeAlias = Bool[Tensor, "batch time"] | Int[Tensor, "batch time"] | Float[Tensor, "batch time"]
-AnyMask: TypeAlias = Bool[Tensor, "*shape"] | Int[Tensor, "*shape"] | Float[Tensor, "*shape"]
+type RowMask = Bool[Tensor, "batch time"] | Int[Tensor, "batch time"] | Float[Tensor, "batch time"]
+type AnyMask = Bool[Tensor, "*shape"] | Int[Tensor, "*shape"] | Float[Tensor, "*shape"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

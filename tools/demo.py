@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 from ray.job_submission import JobSubmissionClient
@@ -28,8 +27,6 @@ from dcpo_openrlhf.local_ray import START_ATTEMPTS, START_BOUNDS, adopt_orphans,
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import RecipeError
 from tools.smollm2 import default_output, ensure_smollm2
-
-T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Threads that wait must not spin and workers must not be niced: trainer and engine share the cores.
@@ -146,7 +143,7 @@ def wait_until_ready(cluster: Cluster, timeout: float) -> None:
     until_it_works(lambda: JobSubmissionClient(cluster.address).list_jobs(), cluster, timeout)
 
 
-def until_it_works(call: Callable[[], T], cluster: Cluster, timeout: float) -> T:
+def until_it_works[T](call: Callable[[], T], cluster: Cluster, timeout: float) -> T:
     """The value of `call`, tried again while it raises; DemoError when the cluster has ended or `timeout` [s] is over.
 
     Ray's job client raises many kinds while the cluster comes up, or when a busy machine misses a beat.

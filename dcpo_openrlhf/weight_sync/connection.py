@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # A call that overruns names the late engine itself; the watching thread waits this much longer for that better message.
 GRACE_S = 2.0
-T = TypeVar("T")
 
 
 class WeightSync:
@@ -154,7 +153,7 @@ def _init_info(
     return IPCTrainerInitInfo(rank=rank, packed=True)
 
 
-def within(work: Callable[[], T], *, deadline_s: float, what: Callable[[], str]) -> T:
+def within[T](work: Callable[[], T], *, deadline_s: float, what: Callable[[], str]) -> T:
     """work(), run on a thread of its own without gradients.
 
     Raises WeightSyncError, which begins with what(), when it fails or outlasts the deadline.

@@ -53,7 +53,9 @@ class PolicyCheckpoint:
         )
         assert request is not None
         self._request, self._sums = request, {}
-        if request.async_fn is None:  # nothing on this rank that another does not hold too
+        if (
+            request.async_fn is None or request.preload_fn is None
+        ):  # nothing on this rank that another does not hold too
             return
         # views are copies already; a parameter that fills its buffer alone is not
         live = {_storage(p) for chunk in self.step.policy.chunks for p in chunk.parameters()}
@@ -73,9 +75,10 @@ class PolicyCheckpoint:
         written = {}
         try:
             for index, bucket in enumerate(buckets):
-                _, found = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                done: Any = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
                     transforms, index, bucket, None, None, True
                 )
+                found = done[1]
                 if isinstance(found, Exception):
                     raise found
                 written[index] = found

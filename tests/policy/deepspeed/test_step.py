@@ -70,8 +70,9 @@ def _gradients_of_megatron(step: Any) -> dict[str, Tensor]:
 
 def _zero(rank: int, world_size: int, models: dict[str, Path], names: list[str]) -> dict[str, Any]:
     """{run: what `_megatron` gives, statistics of this rank's rows alone}."""
-    from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
     from deepspeed.utils import safe_get_full_grad
+
+    from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
 
     results = {}
     for name in names:

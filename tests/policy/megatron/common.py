@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from dcpo_openrlhf.policy.megatron import cpu
 from dcpo_openrlhf.policy.megatron.mesh import init_mesh
@@ -11,7 +12,6 @@ from dcpo_openrlhf.policy.megatron.model import Policy, build_policy
 from dcpo_openrlhf.policy.megatron.step import PolicyStep
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
-from megatron.core import parallel_state
 from tests.distributed import renew_process_group
 
 
