@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup setup-gpu demo test check bench lock clean
 
 PYTHON ?=
 ARGS ?=
@@ -61,6 +61,16 @@ $(STAMP): $(CPU_LOCK) $(TORCH_LOCK) pyproject.toml
 	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.12/site-packages >/dev/null 2>&1 || true  # templates among them do not compile
 	touch $@
 
+# Needs nvcc (CUDA_HOME) and an hour on few cores: the two without wheels compile, against torch and the wheels' own headers.
+COMPILED := ^(flash-attn|transformer-engine-torch)==
+setup-gpu:
+	test -x $(BIN)/uv || tools/venv.sh .venv "$$(grep '^uv==' $(GPU_LOCK))" "$(PYTHON)"
+	grep -vE '$(COMPILED)' $(GPU_LOCK) > .venv/first.lock
+	DS_BUILD_OPS=0 $(UV_INSTALL) -r .venv/first.lock
+	NVTE_FRAMEWORK=pytorch CPATH="$$PWD/.venv/lib/python3.12/site-packages/nvidia/cudnn/include:$$PWD/.venv/lib/python3.12/site-packages/nvidia/nccl/include" \
+	  $(UV_INSTALL) --no-build-isolation -r $(GPU_LOCK)
+	$(UV_INSTALL) --no-build-isolation --editable .
+
 demo: setup
 	$(RUN_ENV) $(BIN)/python -m tools.demo $(ARGS)
 
@@ -88,7 +98,7 @@ lock: setup
 	{ echo "# make lock: torch, and what PyPI's build of it wants; its CPU build wants none of that"; \
 	  grep -E '$(CUDA_OF_TORCH)' $(CPU_LOCK).all; } > $(TORCH_LOCK)
 	rm $(CPU_LOCK).all $(CPU_LOCK).override
-	env -u UV_FIND_LINKS $(LOCK) --python-platform x86_64-manylinux_2_31 --extra gpu --extra te --extra dev -o $(GPU_LOCK) > /dev/null
+	env -u UV_FIND_LINKS $(LOCK) --python-platform x86_64-manylinux_2_31 --extra gpu --extra te --extra dev --excludes docker/excludes-gpu.txt -o $(GPU_LOCK) > /dev/null
 	sed -i '1i # make lock: CUDA 13, Linux x86_64 with glibc 2.31, Python 3.12; resolved only, NOT RUN by us yet' $(GPU_LOCK)
 
 clean:

@@ -84,6 +84,20 @@ def test_a_shim_that_only_says_command_not_found_is_passed_over(programs: Path) 
     assert "venv -m pip install --quiet uv==1" in log
 
 
+def test_a_version_beside_pyenvs_shims_is_taken(tmp_path: Path) -> None:
+    shims, beside = tmp_path / "pyenv/shims", tmp_path / "pyenv/versions/3.12.1/bin"
+    for folder in (shims, beside):
+        folder.mkdir(parents=True)
+    program(shims, "python3.12", SHIM)
+    log = tmp_path / "log"
+    works = f'echo "beside $*" >> {log}; case "$*" in *venv*) mkdir -p "$3/bin"; ln -s "$0" "$3/bin/python" ;; esac'
+    program(beside, "python3", works)
+    command = ["bash", str(ROOT / "tools/venv.sh"), str(tmp_path / "venv"), "uv==1"]
+    done = subprocess.run(command, env={"PATH": f"{shims}:/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"beside -m venv {tmp_path}/venv" in log.read_text()
+
+
 def test_without_any_python_the_remedy_is_named(programs: Path) -> None:
     program(programs, "python3.12", SHIM)
     done = make_venv(programs)

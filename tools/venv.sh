@@ -20,8 +20,9 @@ if [[ -n $given ]]; then
   found=$given
 else
   found=""
-  # pyenv's shims answer for one version alone; the others lie beside it
-  for candidate in "python$want" python3 python "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$want".*/bin/python3; do
+  # pyenv's shims answer for one version alone; the others lie beside them
+  shims=$(command -v "python$want" || true)
+  for candidate in "python$want" python3 python "${shims%/shims/*}/versions/$want".*/bin/python3; do
     if answers "$candidate" && "$candidate" -c "import ensurepip" 2>/dev/null; then
       found=$candidate
       break
