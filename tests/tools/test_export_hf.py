@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dcpo_openrlhf import checkpoint
+from dcpo_openrlhf.recipe.resume import keep_dtype, resume_point
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_model
 from tools import export_hf
@@ -95,6 +97,7 @@ def test_imported_checkpoint_loads_on_other_meshes_and_is_exported_as_it_was(tmp
     done = subprocess.run([*command, "--output", str(tmp_path / "in")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "in" / "step_000000"
+    belongs_to_no_run(folder, model)
     expected = hf_logp(model)
     other = make_tiny_model(tmp_path / "other", architecture="qwen3", tie=False, seed=5)
     for world_size, sizes in ((1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})):
@@ -104,6 +107,25 @@ def test_imported_checkpoint_loads_on_other_meshes_and_is_exported_as_it_was(tmp
     with safe_open(output / "model.safetensors", "pt") as ours, safe_open(model / "model.safetensors", "pt") as theirs:
         assert set(ours.keys()) == set(theirs.keys())
         assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in theirs.keys())  # noqa: SIM118
+
+
+def belongs_to_no_run(imported: Path, model: Path) -> None:
+    """Neither named nor found in the run folder does an import continue a run: it has no prompts."""
+    run = imported.parent.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / imported.name).symlink_to(imported)
+    for name in ("auto", str(imported)):
+        recipe = Recipe.model_validate(
+            {
+                "run": {"dir": str(run), "device": "cpu"},
+                "model": {"path": str(model)},
+                "task": {"kind": "arithmetic"},
+                "checkpoint": {"resume": name},
+            }
+        )
+        assert keep_dtype(recipe) == recipe
+        with pytest.raises(RecipeError, match=r"belongs to no run \(no run.json\).*model.path=DIR"):
+            resume_point(recipe)
 
 
 def test_what_is_no_whole_checkpoint_or_another_model_is_refused(
