@@ -9,7 +9,9 @@ import pytest
 
 from dcpo_openrlhf.rollout.tasks import Problem, load_jsonl
 from tools import prepare_data
-from tools.prepare_data import deduplicate, find_overlap, load_problems, main, normalise
+from tools.data_form import DISTRACTORS, normalise
+from tools.overlap import deduplicate, find_overlap
+from tools.prepare_data import load_problems, main
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LONG = "A regular hexagon with side nine is cut along three of its diagonals into pieces of equal area"
@@ -70,7 +72,7 @@ def test_multiple_choice():
 
 
 def test_gpqa_csv_is_shuffled_the_same_way_every_time(tmp_path):
-    names = ["Record ID", "Question", "Correct Answer", *prepare_data.DISTRACTORS]
+    names = ["Record ID", "Question", "Correct Answer", *DISTRACTORS]
     file = tmp_path / "gpqa_diamond.csv"
     with file.open("w", newline="") as handle:
         writer = csv.writer(handle)
