@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,25 @@ def _parse(text: bytes, place: str) -> Any:
 
 
 def _csv_rows(path: Path) -> list[tuple[str, Row]]:
+    rows: list[tuple[str, Row]] = []
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        return [(f"{path}:{reader.line_num}", row) for row in reader]
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if twice := [name for name, number in Counter(header).items() if number > 1]:
+                raise PrepareError(f"{path}:1: column {twice[0]!r} is there twice; rename one")
+            for fields in reader:
+                if len(fields) != len(header) and fields:  # an empty line gives none
+                    raise PrepareError(
+                        f"{path}:{reader.line_num}: {len(fields)} fields for {len(header)} columns ({fields!r:.200}); "
+                        'put a text that holds a comma into "quotes"'
+                    )
+                rows.extend([(f"{path}:{reader.line_num}", dict(zip(header, fields, strict=True)))] if fields else [])
+        except csv.Error as error:
+            raise PrepareError(
+                f"{path}:{reader.line_num}: not CSV ({error}); close the quotes, double inner ones"
+            ) from error
+    return rows
 
 
 def _parquet_rows(path: Path) -> list[tuple[str, Row]]:
