@@ -219,6 +219,8 @@ def test_the_folder_that_one_is_in_is_refused(
 def test_an_earlier_export_is_replaced_until_something_is_put_into_it(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (case.step.parent / "step_000009").write_text("a file beside the checkpoints")
+    (case.step / "notes").mkdir()
     assert case("hf", "--shard-gb", str(2**-12)) == 0
     assert len(list((case.run / "hf").glob("model-*.safetensors"))) > 1
     assert case("hf") == 0
