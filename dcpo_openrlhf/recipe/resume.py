@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dcpo_openrlhf.checkpoint import STEP_NAME, Checkpoint, damage, newest_whole
+from dcpo_openrlhf.checkpoint import STATE, STEP_NAME, Checkpoint, damage, newest_whole
 from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
@@ -92,9 +92,14 @@ def keep_dtype(recipe: Recipe) -> Recipe:
 def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:
     """The checkpoint that `checkpoint.resume` names; RecipeError for one that is damaged."""
     resume = recipe.checkpoint.resume
-    if resume == "auto":
-        return newest_whole(recipe.run.dir / "checkpoints", quick=quick)
-    return _named(Path(resume), quick)
+    auto = resume == "auto"
+    found = newest_whole(recipe.run.dir / "checkpoints", quick=quick) if auto else _named(Path(resume), quick)
+    if found and not (found.path / STATE).is_file():  # tools.import_hf writes weights alone
+        raise RecipeError(
+            f"checkpoint.resume = {resume}: {found.path} belongs to no run (no {STATE}), as tools.import_hf writes it; "
+            "start from the Hugging Face folder that it was made of: model.path=DIR and checkpoint.resume=never"
+        )
+    return found
 
 
 def _named(path: Path, quick: bool) -> Checkpoint:
