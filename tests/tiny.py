@@ -22,7 +22,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
+    # a family of recipe/families.py, or a variant of one that names its model_type
     "llama": {},
+    "llama_bias": {"model_type": "llama", "attention_bias": True},
+    "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"use_sliding_window": False},
     "qwen3_moe": {
@@ -33,6 +36,7 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
         "mlp_only_layers": [],
     },
 }
+MIXTURES = [name for name, fields in ARCHITECTURE_FIELDS.items() if "num_experts_per_tok" in fields]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,13 +87,13 @@ def make_tiny_model(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    fields = {"vocab_size": len(tokenizer)} | ARCHITECTURE_FIELDS[architecture] | more
+    fields = {"vocab_size": len(tokenizer), "model_type": architecture} | ARCHITECTURE_FIELDS[architecture] | more
     if architecture.startswith("qwen3"):
         fields["head_dim"] = hidden // heads
     if architecture == "qwen3_moe":
         fields["moe_intermediate_size"] = ffn
     config = AutoConfig.for_model(
-        architecture,
+        **fields,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -101,7 +105,6 @@ def make_tiny_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **fields,
     )
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -1,13 +1,12 @@
-"""Which models are trained: the one list of what a config.json may say, and what the recipe asks of it."""
+"""What a config.json must say to be trained, and what the recipe asks of it; families.py lists the families."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dcpo_openrlhf.recipe import families
 from dcpo_openrlhf.recipe.schema import Recipe
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Values of model_type in config.json whose tensors the table names."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those that trainer and engine compute alike: vLLM's dynamic scales short sequences too, transformers' does not."""
 SIZES = (
@@ -18,22 +17,10 @@ SIZES = (
     "max_position_embeddings",
     "vocab_size",
 )
-IMPLEMENTED = {
-    # keys of config.json whose other values would train another model than the engine serves
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 
 
 def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
-    for name, value in IMPLEMENTED.items():
-        if hf.get(name, value) != value:
-            yield f"{name} = {hf[name]!r} in {config} is not implemented, only {value!r}; use another model"
+    yield from families.not_implemented(hf, config)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
@@ -47,7 +34,7 @@ def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
 
 def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
     p = recipe.parallel
-    heads, experts = hf["num_attention_heads"], hf.get("num_experts")
+    heads, experts = hf["num_attention_heads"], families.expert_count(hf)
     counts = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
     width = "moe_intermediate_size" if experts else "intermediate_size"
     cut = {width: hf[width]}  # experts that are shared out stay whole in the trainer, never in the engine
@@ -75,7 +62,7 @@ def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
     if not experts and p.expert > 1:
         yield f"parallel.expert = {p.expert} needs a model with experts, got model_type = {hf['model_type']!r}; set 1"
     if experts and experts % p.expert:
-        yield f"parallel.expert = {p.expert} must divide num_experts = {experts}; lower it"
+        yield f"parallel.expert = {p.expert} must divide {families.family_of(hf).experts} = {experts}; lower it"
     if experts and p.tensor > 1 and not p.sequence_parallel:
         yield (
             f"parallel.tensor = {p.tensor} of a model with experts needs parallel.sequence_parallel = true: "

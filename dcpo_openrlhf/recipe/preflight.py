@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.methods import METHODS
-from dcpo_openrlhf.recipe import memory, model_config, processor, resume
+from dcpo_openrlhf.recipe import families, memory, model_config, processor, resume
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 TESTED = {
@@ -159,13 +159,13 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"{config} cannot be read as JSON: {error}; download the model again"
         return
-    if not isinstance(hf, dict) or hf.get("model_type") not in model_config.ARCHITECTURES:
+    if not isinstance(hf, dict) or hf.get("model_type") not in families.FAMILIES:
         seen = hf.get("model_type") if isinstance(hf, dict) else hf
-        yield f"model_type = {seen!r} in {config} is not supported; use one of {', '.join(model_config.ARCHITECTURES)}"
+        yield f"model_type = {seen!r} in {config} {families.why_not(seen)}"
         return
-    if "num_local_experts" in hf:  # what transformers 5 writes for it
-        hf.setdefault("num_experts", hf["num_local_experts"])
-    sizes = model_config.SIZES + (("num_experts", "moe_intermediate_size") if hf["model_type"].endswith("moe") else ())
+    if experts := families.FAMILIES[hf["model_type"]].experts:
+        hf[experts] = families.expert_count(hf) or None
+    sizes = model_config.SIZES + ((experts, "moe_intermediate_size") if experts else ())
     missing = [name for name in sizes if not isinstance(hf.get(name), int)]
     if missing:
         yield f"{config} has no {', '.join(missing)}; complete it from the model's source"
@@ -201,7 +201,7 @@ def _disk(recipe: Recipe) -> Iterator[str]:
     try:
         sizes = memory.Sizes.of(json.loads((recipe.model.path / "config.json").read_text()))
         free = shutil.disk_usage(_nearest(recipe.run.dir)).free
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # said elsewhere, or not known here
     need = memory.disk_bytes(sizes, recipe)
     if need > free:

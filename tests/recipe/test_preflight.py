@@ -113,7 +113,7 @@ def test_broken_model_config(violations: Check, model_with: Callable[..., Path],
     folder = model_with()
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     line = only(violations({"model.path": folder}))
-    assert "cannot be read as JSON" in line or "is not supported; use one of llama, qwen2" in line
+    assert "cannot be read as JSON" in line or "is not supported; use one of llama, mistral" in line
 
 
 def test_model_config_without_sizes(violations: Check, model_with: Callable[..., Path]) -> None:
@@ -124,9 +124,13 @@ def test_model_config_without_sizes(violations: Check, model_with: Callable[...,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gemma2"}, "model_type = 'gemma2' in .* is not supported; use one of llama, qwen2, qwen3"),
+        (
+            {"model_type": "gemma2"},
+            "model_type = 'gemma2' in .* is not supported; use one of llama, mistral, qwen2, qwen3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' in .* is not implemented, only 'silu'; use another model"),
-        ({"attention_bias": True}, "attention_bias = True in .* is not implemented, only False"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True in .* is not implemented, only False"),
+        ({"model_type": "mistral"}, "sliding_window = 4096 in .* is not implemented, only None"),
         ({"mlp_bias": True}, "mlp_bias = True in .* is not implemented, only False"),
         ({"use_sliding_window": True}, "use_sliding_window = True in .* is not implemented, only False"),
         (

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dcpo_openrlhf.recipe.model_config import ARCHITECTURES, ROPE_TYPES
+from dcpo_openrlhf.recipe.families import Sizes, not_implemented
+from dcpo_openrlhf.recipe.model_config import ROPE_TYPES
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -19,23 +20,17 @@ def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
 
 
 def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Train, device: str) -> TransformerConfig:
-    """Megatron's configuration of a Hugging Face one (llama, qwen2, qwen3, qwen3_moe).
+    """Megatron's configuration of a Hugging Face one of recipe/families.py.
 
-    Raises ValueError for another architecture or a sliding window.
+    Raises ValueError for another one, or for what of its family is not implemented.
     """
-    if hf.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; "
-            "add its names to megatron/names.py"
-        )
-    if getattr(hf, "use_sliding_window", False):
-        raise ValueError(
-            f"{hf.model_type} with use_sliding_window = true is not supported; set it to false in config.json"
-        )
+    values = hf.to_dict()
+    for wrong in not_implemented(values, "config.json"):
+        raise ValueError(wrong)
     rope = hf.rope_parameters if rope_type(hf) == "yarn" else {}
     dtype, on_gpu, interleaved = DTYPES[model.dtype], device == "cuda", parallel.virtual_pipeline > 1
     config = TransformerConfig(
-        **_sizes(hf),
+        **_sizes(hf, Sizes.of(values)),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
@@ -76,39 +71,35 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     return config
 
 
-def _sizes(hf: Any) -> dict[str, Any]:
+def _sizes(hf: Any, sizes: Sizes) -> dict[str, Any]:
     """What the model is, whatever it runs on."""
     dense = {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": head_dim(hf),
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
         "ffn_hidden_size": hf.intermediate_size,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
-        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
+        "add_qkv_bias": "q" in sizes.bias,
+        "qk_layernorm": sizes.qk_norm != "none",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if hf.model_type != "qwen3_moe":
+    if not sizes.experts:
         return dense
     return dense | {
-        "num_moe_experts": hf.num_experts,
-        "moe_router_topk": hf.num_experts_per_tok,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "num_moe_experts": sizes.experts,
+        "moe_router_topk": sizes.experts_per_token,
+        "moe_ffn_hidden_size": sizes.ffn,
         "moe_router_pre_softmax": False,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
     }
-
-
-def head_dim(hf: Any) -> int:
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
 def rope_type(hf: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dcpo_openrlhf.policy.megatron import names
-from dcpo_openrlhf.policy.megatron.config import head_dim, padded_vocab_size, rope_type, transformer_config
+from dcpo_openrlhf.policy.megatron.config import padded_vocab_size, rope_type, transformer_config
 from dcpo_openrlhf.policy.megatron.fused import SwiGLU
 from dcpo_openrlhf.policy.megatron.layers import PackedAttention, RMSNorm
 from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
+from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 
@@ -73,26 +75,29 @@ def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) 
     """This rank's GPTModel with the weights of the Hugging Face folder `model.path`, on the mesh's device."""
     hf = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     config = transformer_config(hf, model=model, parallel=parallel, train=train, device=mesh.device.type)
+    sizes = Sizes.of(hf.to_dict())
     shape = names.Shape(
-        heads=hf.num_attention_heads,
-        kv_heads=hf.num_key_value_heads,
-        head_dim=head_dim(hf),
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size(hf.vocab_size, multiple=model.vocab_multiple, tensor=parallel.tensor),
     )
-    chunks = [_build_chunk(hf, config, shape, model.layers, mesh, stage) for stage in range(parallel.virtual_pipeline)]
+    chunks = [
+        _build_chunk(hf, sizes, config, shape, model.layers, mesh, stage) for stage in range(parallel.virtual_pipeline)
+    ]
     policy = Policy(chunks, config, shape, hf.tie_word_embeddings, mesh, _all_held(chunks, config))
     load_weights(policy, HFWeights(model.path))
     return policy
 
 
 def _build_chunk(
-    hf: Any, config: TransformerConfig, shape: names.Shape, layers: str, mesh: Mesh, chunk: int
+    hf: Any, sizes: Sizes, config: TransformerConfig, shape: names.Shape, layers: str, mesh: Mesh, chunk: int
 ) -> GPTModel:
     virtual = chunk if config.virtual_pipeline_model_parallel_size else None
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, layers, mesh.device.type, virtual),
+        transformer_layer_spec=_layer_spec(sizes, config, layers, mesh.device.type, virtual),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
@@ -234,26 +239,34 @@ _HEAD = ("lm_head.weight",)
 _TIED_HEAD = ("model.embed_tokens.weight",)
 
 
-def _layer_spec(config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
+def _layer_spec(sizes: Sizes, config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
     """Layers for GPTModel: Transformer Engine's, or megatron-core's local ones with our attention and norm."""
     if layers == "auto":
         layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
-    moe = config.num_moe_experts
-    if layers == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=moe, moe_grouped_gemm=False, qk_layernorm=bool(config.qk_layernorm)
-        )
-    spec = get_gpt_layer_local_spec(num_experts=moe, qk_layernorm=bool(config.qk_layernorm), normalization="RMSNorm")
+    te = layers == "transformer_engine"
+    moe, qk_norm = config.num_moe_experts, bool(config.qk_layernorm)
+    if te:
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=moe, moe_grouped_gemm=False, qk_layernorm=qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(num_experts=moe, qk_layernorm=qk_norm, normalization="RMSNorm")
     parts: Any = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
+    if "o" in sizes.bias:  # megatron-core's add_bias_linear would give the MLP one too
+        attention.linear_proj = partial(_biased, attention.linear_proj)
+    if te:
+        return spec
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
     mlp = parts.mlp.keywords["submodules"]
     (mlp.experts.keywords["submodules"] if moe else mlp).activation_func = SwiGLU
-    if config.qk_layernorm:
+    if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm  # a class, where megatron-core's annotation says module or spec
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, chunk), layer_norm=norm)
+
+
+def _biased(linear: Any, *sizes: int, bias: bool, **options: Any) -> torch.nn.Module:
+    return linear(*sizes, bias=True, **options)
 
 
 def _has_transformer_engine() -> bool:

@@ -79,6 +79,7 @@ TABLE: dict[str, tuple[tuple[str, ...], Cut]] = {
     _MG + "self_attention.q_layernorm.weight": ((_HF + "self_attn.q_norm.weight",), REPLICATED),
     _MG + "self_attention.k_layernorm.weight": ((_HF + "self_attn.k_norm.weight",), REPLICATED),
     _MG + "self_attention.linear_proj.weight": ((_HF + "self_attn.o_proj.weight",), COLUMNS),
+    _MG + "self_attention.linear_proj.bias": ((_HF + "self_attn.o_proj.bias",), REPLICATED),
     _MG + "pre_mlp_layernorm.weight": ((_HF + "post_attention_layernorm.weight",), REPLICATED),
     _MG + "mlp.linear_fc1.weight": ((_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), GATE_UP),
     _MG + "mlp.linear_fc2.weight": ((_HF + "mlp.down_proj.weight",), COLUMNS),

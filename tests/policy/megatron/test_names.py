@@ -22,6 +22,7 @@ SIZES = {
     "k_proj.bias": (4 * 3,),
     "v_proj.bias": (4 * 3,),
     "o_proj.weight": (HIDDEN, 8 * 3),
+    "o_proj.bias": (HIDDEN,),
     "gate_proj.weight": (WIDTH, HIDDEN),
     "up_proj.weight": (WIDTH, HIDDEN),
     "down_proj.weight": (HIDDEN, WIDTH),
