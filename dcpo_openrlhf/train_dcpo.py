@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import local_ray, signals
@@ -21,6 +22,7 @@ from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.recipe import preflight, resume
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
+from dcpo_openrlhf.reward.compare import check_answers
 from dcpo_openrlhf.rollout import tasks
 from dcpo_openrlhf.signals import Interrupted
 
@@ -175,6 +177,8 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
         train = tasks.load_jsonl(t.train)
         heldout = tasks.load_jsonl(t.heldout) if t.heldout else []
     heldout = heldout[: recipe.evaluation.problems]
+    _check_answers(recipe.reward.extractor, train, t.train)
+    _check_answers(recipe.reward.extractor, heldout, t.heldout)
     template = tasks.prompt_template(t.template)
 
     def texts(problems: Sequence[tasks.Problem]) -> list[str]:
@@ -185,6 +189,16 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
     everything = [tasks.Prompt(p, text) for p, text in zip(train, train_texts, strict=True)] + heldout_prompts
     tasks.check_prompt_lengths(everything, tokenizer=tokenizer, context=r.context, max_new_tokens=r.max_new_tokens)
     return tasks.PromptStream(train, prompts=train_texts, seed=recipe.run.seed), heldout_prompts
+
+
+def _check_answers(extractor: str, problems: Sequence[tasks.Problem], file: Path | None) -> None:
+    """Raise TaskError where the grader could not take an answer: it would end the run at the step that reads it."""
+    for line, problem in enumerate(problems, start=1):
+        try:
+            check_answers(extractor, [problem.answer])
+        except ValueError as error:
+            where = f"{file}:{line}" if file else f"problem {problem.id!r}"
+            raise tasks.TaskError(f"{where}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -127,6 +127,34 @@ def test_malformed_jsonl_names_file_and_line(line: object, said: str, main: Main
     assert said in error_of(main("task.kind=jsonl", jsonl(tmp_path, PROBLEM, line)), tmp_path)
 
 
+@pytest.mark.parametrize("which", ["train", "heldout"])
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"answer": "1/2"}, ["reward.extractor=last_integer"], 'extractor "last_integer" needs integer answers, not'),
+        ({"answer": "1" * 2001}, [], "an answer has at most 2000 characters, not 2001"),
+        ({"problem": "1+\ud8001?"}, [], r"problem holds half of a surrogate pair, \ud800 at character 3"),
+        ({"answer": "2\udc00"}, [], r"answer holds half of a surrogate pair, \udc00 at character 2"),
+    ],
+)
+def test_what_would_end_the_run_in_its_middle_is_an_error_before(
+    which: str, changes: dict[str, str], overrides: list[str], said: str, main: Main, tmp_path: Path
+) -> None:
+    data = jsonl(tmp_path, PROBLEM, PROBLEM | {"id": "b"} | changes)
+    files = [data]
+    if which == "heldout":
+        (tmp_path / "good.jsonl").write_text(json.dumps(PROBLEM))
+        files = [f"task.train={tmp_path}/good.jsonl", data.replace("task.train", "task.heldout")]
+    for dry_run in ([], ["--dry-run"]):
+        err = error_of(main("task.kind=jsonl", *files, *overrides, *dry_run), tmp_path)
+        assert err.startswith(f"error: {tmp_path}/train.jsonl:2: {said}")
+
+
+def test_half_a_surrogate_in_the_template(main: Main, tmp_path: Path) -> None:
+    err = error_of(main("task.template={problem}\udcff"), tmp_path)
+    assert r"holds half of a surrogate pair, \udcff at character" in err
+
+
 def test_prompt_longer_than_its_room(main: Main, tmp_path: Path) -> None:
     long = PROBLEM | {"id": "long", "problem": "one plus " * 40}
     err = error_of(main("task.kind=jsonl", jsonl(tmp_path, PROBLEM, long)), tmp_path)

@@ -39,6 +39,12 @@ def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
             "use samples = 1 or a temperature above 0",
         ),
         (
+            r.rollout.temperature == 1 or t.rollout_only,
+            f"rollout.temperature = {r.rollout.temperature} must be 1 to train: rho, the policy ratio and the "
+            "entropy are those of the policy at T = 1, and samples of another T are not drawn from it; set 1, or "
+            "train.rollout_only=true to generate alone",
+        ),
+        (
             r.rollout.replay is None or not (t.rollout_only or r.rollout.record),
             "rollout.replay reads recorded responses: train.rollout_only and rollout.record have no use; unset them",
         ),

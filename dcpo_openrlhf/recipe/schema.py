@@ -200,6 +200,7 @@ class Rollout(Section):
     max_prompt_tokens: Positive = 2048
     max_new_tokens: Positive = 8192
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """1 to train: what is drawn at another T is not drawn from pi_old. Any for train.rollout_only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1 the sampler is no longer pi_old and E[rho] != 1."""
     dtype: Literal["bfloat16", "float32", "auto"] = "auto"

@@ -1,4 +1,4 @@
 """From response to reward and success: extraction, comparison, killable workers.
 
-Door: pool (GraderPool, Grade).
+Door: pool (GraderPool, Grade), compare (check_answers).
 """

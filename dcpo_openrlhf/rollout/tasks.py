@@ -125,7 +125,20 @@ def _parse_line(line: bytes, *, where: str) -> Problem:
             raise TaskError(f"{where}: {key} is {record[key]!r} ({type(record[key]).__name__}); write it as a string")
         if key != "source" and not record[key].strip():
             raise TaskError(f"{where}: {key} is empty; give it a value or remove the line")
+        require_text(record[key], what=f"{where}: {key}")
     return Problem(**{key: record[key] for key in JSONL_KEYS})
+
+
+def require_text(text: str, *, what: str) -> None:
+    """Raise TaskError for half of a surrogate pair: JSON can write one, no tokenizer or file takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise TaskError(
+            f"{what} holds half of a surrogate pair, {half} at character {error.start + 1}, which is no text; "
+            "write the whole pair or remove it"
+        ) from None
 
 
 # --- templates -------------------------------------------------------------------------------------------------------
@@ -192,6 +205,8 @@ def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: 
 
     Raises TaskError that names the first prompt for which it does not, its length, the limit and how many offend.
     """
+    for prompt in prompts:  # what template, system message or their settings brought in
+        require_text(prompt.text, what=f"prompt {prompt.problem.id!r}")
     # verbose: else the tokenizer warns of a long prompt in its own words, before the error that says what to do
     encoded = tokenizer([p.text for p in prompts], add_special_tokens=False, verbose=False)["input_ids"]
     lengths = [len(ids) for ids in encoded]

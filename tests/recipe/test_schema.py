@@ -269,6 +269,14 @@ RULES = [
         ["evaluation.samples = 4 at evaluation.temperature = 0", "use samples = 1"],
     ),
     (
+        ["rollout.temperature=0.6"],
+        [
+            "rollout.temperature = 0.6 must be 1 to train",
+            "are those of the policy at T = 1",
+            "set 1, or train.rollout_o",
+        ],
+    ),
+    (
         ["rollout.replay=runs/a", "rollout.record=true"],
         ["rollout.replay reads recorded responses", "unset them"],
     ),
@@ -328,6 +336,11 @@ RULES = [
         ["parallel.colocate with parallel.zero_stage = 3", "use zero_stage = 2"],
     ),
 ]
+
+
+def test_any_temperature_where_nothing_is_trained(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "rollout.temperature=0.6", "train.rollout_only=true", "checkpoint.resume=never")
+    assert recipe.rollout.temperature == 0.6
 
 
 @pytest.mark.parametrize(("overrides", "said"), RULES, ids=lambda case: case[-1].split(" ")[0])
