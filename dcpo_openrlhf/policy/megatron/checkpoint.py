@@ -53,9 +53,7 @@ class PolicyCheckpoint:
         )
         assert request is not None
         self._request, self._sums = request, {}
-        if (
-            request.async_fn is None or request.preload_fn is None
-        ):  # nothing here that no other rank holds
+        if request.async_fn is None or request.preload_fn is None:  # nothing here that no other rank holds
             return
         # views are copies already; a parameter that fills its buffer alone is not
         live = {_storage(p) for chunk in self.step.policy.chunks for p in chunk.parameters()}
