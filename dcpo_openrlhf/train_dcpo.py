@@ -39,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = resume.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
         if not arguments.dry_run and resume.finished(recipe):
-            logger.info(
-                "the run in %s is finished, its %d steps and its report: nothing is left to do",
-                recipe.run.dir,
-                recipe.train.steps,
-            )
+            logger.info("the run in %s is finished, report and all: nothing is left to do", recipe.run.dir)
             return 0
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
