@@ -168,6 +168,7 @@ class DCPOTrainer(BasePPOTrainer):
 
     def save_before_exit(self) -> None:
         """A whole checkpoint of the last finished step, if this process finished one that is not saved."""
+        self.experience_maker.stop_forward()
         self.checkpoints.finish()
         if self.settled is not None and self.settled[0]["step"] > self.checkpoints.saved_step:
             self.checkpoints.begin(*self.settled)
