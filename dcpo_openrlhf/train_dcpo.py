@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to(sys.stdout)
     try:
         recipe = resume.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
+        if not arguments.dry_run and resume.finished(recipe):
+            logger.info("the run in %s is finished, report and all: nothing is left to do", recipe.run.dir)
+            return 0
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
             if not lacking:
@@ -77,7 +80,8 @@ def run(recipe: Recipe) -> None:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())
             raise
         except Exception:
-            _before_exit(trainer.checkpoints.finish, c.signal_timeout)
+            if c.every:
+                _save_after_error(trainer, c.error_timeout)
             raise
 
 
@@ -91,6 +95,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     point = resume.resume_point(recipe)
     if point is not None:
         prompts.load_state_dict(point.state()["prompts"])
+        tasks.require_same_heldout(heldout, point.state().get("heldout"))
     resume.prepare_run_folder(recipe, point)
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
         local_ray.raise_bounds()  # Ray reads them when it is imported
@@ -122,6 +127,22 @@ def _before_exit(save: Callable[[], Any], seconds: float) -> None:
         logger.warning("no checkpoint of the last step: checkpoint.signal_timeout is over; the last whole one stays")
     except Exception as error:
         logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
+
+
+def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:
+    """A checkpoint of the last finished step, where the weights are still that step's; else say what is lost."""
+    if trainer.in_hand is None:
+        _before_exit(trainer.save_before_exit, seconds)
+        return
+    _before_exit(trainer.checkpoints.finish, seconds)
+    saved = trainer.checkpoints.saved_step
+    logger.warning(
+        "the update of step %d was under way, so the weights are no finished step's: of %d steps after the newest "
+        "checkpoint (step %d) nothing is saved",
+        trainer.in_hand,
+        trainer.in_hand - saved,
+        saved,
+    )
 
 
 def log_to(stream: TextIO) -> None:

@@ -52,6 +52,7 @@ class PolicyActor(BaseModelActor):
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             total_updates=max_steps,
         )
+        self.step.stop_asked = ray.get_runtime_context().is_canceled
         self.mesh = self.step.mesh
         self._updates: list[Rows] = []
         self.weight_sync: Any = None

@@ -287,13 +287,27 @@ def _replay(recipe: Recipe) -> Iterator[str]:
     if folder is None:
         return
     samples = folder / "samples" if os.path.isdir(folder / "samples") else folder
-    recorded = [step for step in range(1, recipe.train.steps + 1) if os.path.isfile(samples / f"step_{step:06d}.pt")]
+    steps = range(1, recipe.train.steps + 1)
+    recorded = [step for step in steps if os.path.isfile(samples / f"step_{step:06d}.pt")]
     if samples.absolute() == (recipe.run.dir / "samples").absolute():
         yield f"rollout.replay = {folder} is the run.dir itself; name another run.dir"
     if len(recorded) < recipe.train.steps:
         yield (
             f"rollout.replay = {folder} holds the responses of {len(recorded)} of {recipe.train.steps} steps "
             "(step_NNNNNN.pt); record them with rollout.record=true, or lower train.steps"
+        )
+    others = []
+    if METHODS.get(recipe.method.name, METHODS["grpo"]).samples == "policy+tempered":
+        others += [f"tempered_{step:06d}.pt" for step in steps]
+    e = recipe.evaluation
+    if e.problems and (recipe.task.kind == "arithmetic" or recipe.task.heldout):
+        times = {0, recipe.train.steps} | ({step for step in steps if step % e.every == 0} if e.every else set())
+        others += [f"evaluation_{step:06d}.pt" for step in sorted(times)]
+    if missing := [name for name in others if not os.path.isfile(samples / name)]:
+        yield (
+            f"rollout.replay = {folder} lacks {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}, which "
+            "evaluation and rows drawn at T will ask for; record them with the same evaluation.* and method.name, or "
+            "set evaluation.problems=0"
         )
 
 

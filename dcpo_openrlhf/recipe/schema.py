@@ -262,6 +262,8 @@ class Checkpoint(Section):
     """SIGTERM and SIGINT save the state after the last finished step before the run ends."""
     signal_timeout: Annotated[float, Field(gt=0)] = 10.0
     """Seconds that finishing the update in progress and saving may take after a signal; then the run ends unsaved."""
+    error_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that saving the last finished step may take after an error that ends the run."""
     export_hf: bool = True
     """Write a Hugging Face folder after the last step."""
 

@@ -335,11 +335,29 @@ def test_replay_needs_the_responses_of_every_step(violations: Check, tmp_path: P
     recorded = tmp_path / "recorded" / "samples"
     recorded.mkdir(parents=True)
     (recorded / "step_000001.pt").touch()
-    line = only(violations({"rollout.replay": tmp_path / "recorded", "train.steps": 2}))
+    line = only(violations({"rollout.replay": tmp_path / "recorded", "train.steps": 2, "evaluation.problems": 0}))
     assert "holds the responses of 1 of 2 steps" in line and "rollout.record=true" in line
-    assert violations({"rollout.replay": recorded, "train.steps": 1}) == []
-    own = {"run.dir": tmp_path / "recorded", "rollout.replay": tmp_path / "recorded", "train.steps": 1}
+    assert violations({"rollout.replay": recorded, "train.steps": 1, "evaluation.problems": 0}) == []
+    own = {
+        "run.dir": tmp_path / "recorded",
+        "rollout.replay": tmp_path / "recorded",
+        "train.steps": 1,
+        "evaluation.problems": 0,
+    }
     assert "is the run.dir itself" in only(violations(own))
+
+
+def test_replay_needs_what_evaluation_and_tempered_rows_ask_for(violations: Check, tmp_path: Path) -> None:
+    (samples := tmp_path / "recorded/samples").mkdir(parents=True)
+    for step in (1, 2):
+        (samples / f"step_{step:06d}.pt").touch()
+    run = {"rollout.replay": tmp_path / "recorded", "train.steps": 2, "method.name": "j2", "evaluation.every": 1}
+    assert "lacks tempered_000001.pt, tempered_000002.pt, evaluation_000000.pt, evaluation_000001.pt ..." in only(
+        violations(run)
+    )
+    for name in ("tempered_000001", "tempered_000002", "evaluation_000000", "evaluation_000001", "evaluation_000002"):
+        (samples / f"{name}.pt").touch()
+    assert violations(run) == []
 
 
 def test_resume_names_what_it_cannot_continue(violations: Check, tmp_path: Path) -> None:

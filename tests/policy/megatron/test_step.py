@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcpo_openrlhf.policy import micro_batch
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from tests.distributed import run_distributed
 from tests.policy.megatron.common import make_policy, make_step, random_rows
@@ -168,3 +169,25 @@ def test_every_family_is_updated_as_in_one_process(
         assert tensors.keys() == weights.keys()
         for key, value in weights.items():
             torch.testing.assert_close(tensors[key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+def _stopped(rank: int, world_size: int, path: Path, sizes: dict[str, Any]) -> tuple[int, bool]:
+    """(micro-batches done before the pass was left, is the next pass as ever)."""
+    step = make_step(make_policy(path, rank=rank, world_size=world_size, **sizes), micro_batch_size=1)
+    rows, done = random_rows(batch=40), []
+    before = step.token_statistics(rows, temperatures=[0.8])
+    step.stop_asked = lambda: rank == 1 and len(done) > 0  # one rank alone hears of it
+    original = step._run
+    step._run = lambda packs, *args, **kwargs: (done.append(len(packs)), original(packs, *args, **kwargs))[1]
+    with pytest.raises(micro_batch.Stopped):
+        step.token_statistics(rows, temperatures=[0.8])
+    step.stop_asked = lambda: False
+    after = step.token_statistics(rows, temperatures=[0.8])
+    return done[0], all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["tp2", "pp2", "dp2"])
+def test_a_forward_pass_is_left_between_micro_batches_by_every_rank(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    path = make_tiny_model(tmp_path / "model")
+    for done, same in run_distributed(_stopped, 2, path, sizes):
+        assert done == micro_batch.ROUND * sizes.get("pipeline", 1) and same
