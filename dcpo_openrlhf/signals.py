@@ -9,11 +9,14 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived: everything this run started is ended on the way out."""
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived: everything this run started is ended on the way out.
+
+    A KeyboardInterrupt, since Ray passes on no other exception that a handler raises while it waits.
+    """
 
 
-class OutOfTime(BaseException):
+class OutOfTime(KeyboardInterrupt):
     """What had a limit took longer."""
 
 

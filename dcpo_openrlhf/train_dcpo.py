@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import local_ray, signals
+from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.recipe import preflight, resume
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
@@ -33,8 +34,8 @@ logger = logging.getLogger("dcpo_openrlhf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the recipe ran to its end, 1 where Ray did not start, 2 when recipe or data cannot run,
-    3 where the monitor ended it, 128 + signal after a signal.
+    """Exit status: 0 when the recipe ran to its end, 1 where it could not go on or Ray did not start, 2 when recipe or
+    data cannot run, 3 where the monitor ended it, 128 + signal after a signal.
     """
     arguments = _parser().parse_args(argv)
     log_to(sys.stdout)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, tasks.TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except local_ray.LocalRayError as error:
+    except (local_ray.LocalRayError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except MonitorStop as stop:
@@ -79,9 +80,11 @@ def run(recipe: Recipe) -> None:
             if bound:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())
             raise
-        except Exception:
+        except Exception as error:
             if c.every:
                 _save_after_error(trainer, c.error_timeout)
+            if (told := _told(error)) is not None:
+                raise told from error
             raise
 
 
@@ -127,6 +130,19 @@ def _before_exit(save: Callable[[], Any], seconds: float) -> None:
         logger.warning("no checkpoint of the last step: checkpoint.signal_timeout is over; the last whole one stays")
     except Exception as error:
         logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
+
+
+def _told(error: Exception) -> RunError | None:
+    """What to say where a process of the run has died, of which Ray tells class and id alone."""
+    from ray.exceptions import RayActorError
+
+    if not isinstance(error, RayActorError):
+        return None
+    return RunError(
+        f"a process of this run died: {' '.join(str(error).split())}\n"
+        "Its last words are in Ray's session folder (logs/worker-*.err), the kernel's in `dmesg` if memory ran out; "
+        "continue with checkpoint.resume=auto"
+    )
 
 
 def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:

@@ -177,11 +177,13 @@ def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
     evaluated = last - 1 if last in (0, recipe.train.steps) else last
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.checkpoint.resume != "never" and (folder / "recipe.yaml").exists():
-        cut = folder / "cut" / f"{len(list((folder / 'cut').glob('*'))) + 1:03d}"
+        earlier = [int(path.name) for path in (folder / "cut").glob("*") if path.name.isdigit()]
+        cut = folder / "cut" / f"{max(earlier, default=0) + 1:03d}"
         cut.mkdir(parents=True)
         shutil.copy2(folder / "recipe.yaml", cut)
-        if (folder / REPORT).exists():
-            (folder / REPORT).rename(cut / REPORT)
+        for made in (REPORT, "hf"):  # of the steps that are made again
+            if (folder / made).exists():
+                (folder / made).rename(cut / made)
         for file in folder.glob("*.jsonl"):
             _cut_rows(file, cut / file.name, evaluated if file.name == "evaluation.jsonl" else last)
         for later in [*folder.glob("samples/*_*"), *folder.glob("checkpoints/step_*")]:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group as make_placement_group
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.rollout.engine import RolloutEngine
 
 from openrlhf.trainer.ray.utils import get_bundle_indices  # isort: skip  (engine installs the stub it needs)
@@ -179,10 +181,14 @@ def shutdown_engines(engines: Sequence["ActorHandle"], timeout_s: float = 30.0) 
         ray.kill(engine)
 
 
+class EngineError(RunError):
+    """A rollout engine died or did not answer; names it, and what to do."""
+
+
 def gather(
     calls: Sequence["ray.ObjectRef"], engine_of: Sequence[int], *, timeout_s: float, doing: str, remedy: str
 ) -> list[Any]:
-    """Results in the order of `calls`; RuntimeError naming the engine when one dies or `timeout_s` is over."""
+    """Results in the order of `calls`; EngineError naming the engine when one dies or `timeout_s` is over."""
     position = {call: index for index, call in enumerate(calls)}
     results: list[Any] = [None] * len(calls)
     pending, ends = list(calls), time.monotonic() + timeout_s
@@ -194,13 +200,20 @@ def gather(
             try:
                 results[position[call]] = ray.get(call)
             except RayActorError as error:
-                raise RuntimeError(
+                raise EngineError(
                     f"rollout engine {engine_of[position[call]]} died while {doing}; {remedy}: {error}"
+                ) from error
+            except RayTaskError as error:
+                if not isinstance(error.cause, EngineDeadError):
+                    raise
+                raise EngineError(
+                    f"rollout engine {engine_of[position[call]]} died while {doing}: the worker of vLLM behind it is "
+                    f"gone; {remedy}"
                 ) from error
         if pending and time.monotonic() >= ends:
             late = Counter(engine_of[position[call]] for call in pending)
             who = ", ".join(f"engine {engine} ({number} calls)" for engine, number in sorted(late.items()))
-            raise RuntimeError(
+            raise EngineError(
                 f"rollout engines took more than {timeout_s:g} s while {doing}: {who} did not answer; {remedy}"
             )
     return results
