@@ -7,11 +7,14 @@ from typing import Literal
 Extractor = Literal["boxed", "last_integer"]
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
+_SECOND_GROUP = re.compile(r"\s*\{[^{}]*")
+
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` whose braces balance; None where there is none.
 
     `\{` and `\}` are letters, not braces. `\boxed 5`, without braces, is not accepted: prompts ask for `\boxed{}`.
+    Nor is `\boxed{5}{6}`, which answers twice: it gives the text with both.
     """
     opened: list[int | None] = []  # one for each open brace: where the content starts if it is a box
     last: tuple[int, int] | None = None
@@ -24,7 +27,10 @@ def extract_boxed(text: str) -> str | None:
             start = opened.pop()
             if start is not None and (last is None or start > last[0]):
                 last = (start, token.start())
-    return None if last is None else text[last[0] : last[1]].strip()
+    if last is None:
+        return None
+    second = _SECOND_GROUP.match(text, last[1] + 1)
+    return text[last[0] : second.end() if second else last[1]].strip()
 
 
 MINUS = "\u2212-"  # typographic and ASCII; the latter last, so that a character class does not read it as a range
