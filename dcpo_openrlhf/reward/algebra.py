@@ -148,12 +148,10 @@ class _Point:
         self.number, self.mp, self.real, self.is_constant = number, mp, True, is_constant
 
     def value(self, name: str) -> Any:
-        """A rational between 0.2 and 3 for the first points, of either sign and any size for the others."""
+        """A rational between 0.2 and 3 for the first points, then of either sign, then up to 120."""
         source = random.Random(f"{self.number} {name}")
         value = self.mp.mpf(source.randint(2 * 10**8, 3 * 10**9)) / 10**9
-        if self.number >= 3:
-            value *= source.choice((-1, 1)) * source.choice((1, 4))
-        return value
+        return value * (1 if self.number < 3 else source.choice((-4, -1, 1, 4)) if self.number < 6 else 40)
 
     def evaluate(self, node: Node) -> Any:
         mp, kind = self.mp, node[0]
@@ -320,7 +318,7 @@ def proportion(a: Node, b: Node) -> float:
     if not symbols(a) or symbols(a) != symbols(b):
         return 0.0
     ratios = []
-    for number in range(5):
+    for number in range(9):
         try:
             (x, y), _ = _values((a, b), number, 50, False)
             ratios.append(x / y)

@@ -76,7 +76,7 @@ class Atoms(Cursor):
         if not slash or following[0].kind != "let" or following[3].kind != "let" or following[3].text == "d":
             return None
         self.at += 4
-        return ("sym", f"d{following[0].text}/d{following[3].text}")
+        return ("sym", f"d {following[0].text}/{following[3].text}")
 
     def command(self, name: str) -> Node:
         if name == "frac":

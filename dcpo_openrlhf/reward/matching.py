@@ -30,6 +30,9 @@ class Oracle(NamedTuple):
 
 def match(gold: Node, found: Node, ask: Oracle) -> bool:
     """Whether the found tree is the gold's answer."""
+    labels = (_common_label(gold), _common_label(found))
+    if None not in labels and labels[0] != labels[1]:
+        return False
     gold, found = _simple(gold), _simple(found)
     if gold == found:
         return True
@@ -91,6 +94,13 @@ def _unlabelled(members: Sequence[Node]) -> list[Node]:
     if len(members) > 1 and labelled[0] and not any(labelled[1:]) and not any(m[0] == "rel" for m in members[1:]):
         return [first[3], *members[1:]]
     return list(members)
+
+
+def _common_label(node: Node) -> Node | None:
+    """x in x = 2, 7 and in x = 2 ± 7: the label that `_simple` takes off."""
+    if node[0] == "list" and _is_labelled(node[1]) and not any(m[0] == "rel" for m in node[2:]):
+        return node[1][1]
+    return node[1] if _is_labelled(node) and contains(node[3], "pm") else None
 
 
 def _both(node: Node) -> list[Node]:

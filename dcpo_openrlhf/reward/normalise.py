@@ -114,8 +114,9 @@ _FONTS = "bm|boldsymbol|mathbf|mathit|mathsf|mathtt|mathnormal|pmb|ensuremath|un
 _TEXTS = (
     "text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mbox|hbox|operatorname|operatorname\\*|emph|rm"
 )
-_WRAPPED = re.compile(rf"\\(?:(?P<font>{_FONTS})|(?P<text>{_TEXTS}))\s*\{{(?P<inside>[^{{}}]*)\}}")
-_WRAPPED_DEEPLY = re.compile(rf"\\(?:{_FONTS}|{_TEXTS})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+_WRAPPED = re.compile(rf"\\(?:(?P<font>{_FONTS})|(?P<text>{_TEXTS}))\s*\{{(?P<inside>(?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+_WRAPPER = re.compile(rf"\\(?:{_FONTS}|{_TEXTS})\s*(?=\{{)")
+_MARKABLE = re.compile(r"\\w<[^>]*>|\\[A-Za-z]+|([A-Za-z][A-Za-z'\-]*[A-Za-z])")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)\s*|\\(.)", re.DOTALL)
 _RUN = re.compile(r"[A-Za-z][A-Za-z\-]*[A-Za-z]")
 _MIXED = re.compile(r"(?<=[0-9])([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒])|([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒])")
@@ -147,15 +148,21 @@ def _unwrap(match: re.Match[str]) -> str:
     r"""The inside of \mathbf{..} as it is; that of \text{..} with its words marked."""
     inside = match["inside"]
     if match["font"]:
-        return f" {inside} " if _RUN.search(inside) is None else f" {_mark(inside)} "
+        return f" {inside} "
     before = match.string[: match.start()].rstrip(" ~,\\;")[-1:]
     if before.isdigit() or before in (")", "}", ">"):  # a unit of one letter
         inside = re.sub(r"(?<![A-Za-z\\<])([msghNJWVKLCFAT])(?![A-Za-z>.])", r" \\w<\1> ", inside)
-    return f" {_mark(inside)} " if "\\w<" in inside or _RUN.search(inside) else inside
+    if "\\w<" in inside or _RUN.search(inside):
+        return f" {_mark(inside)} "
+    # \circ\text{C} must not become \circC
+    return (
+        f" {inside}" if re.search(r"\\[A-Za-z]+$", match.string[: match.start()]) and inside[:1].isalpha() else inside
+    )
 
 
 def _mark(text: str) -> str:
-    return re.sub(r"(\\)?(?<!<)([A-Za-z][A-Za-z'\-]*[A-Za-z])", lambda m: m[0] if m[1] else f" \\w<{m[2]}> ", text)
+    """The text with its words marked, but for commands and what is marked already."""
+    return _MARKABLE.sub(lambda m: f" \\w<{m[1]}> " if m[1] else m[0], text)
 
 
 def _command(match: re.Match[str]) -> str:
@@ -173,7 +180,7 @@ def _command(match: re.Match[str]) -> str:
 def normalise(text: str) -> str:
     r"""The same answer in one spelling: `\dfrac12`, `½` and `\nicefrac{1}{2}` are `\frac12`; \text{cm} is `\w<cm>`.
 
-    Linear but for wrappers inside wrappers, of which four levels are opened.
+    Linear in its length. Four levels of wrappers are opened; of deeper ones, only the braces stay.
     """
     text = _EXPLICIT_THOUSANDS.sub("", text)
     text = _unicode(text).replace("~", " ")
@@ -185,16 +192,15 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<!\\)\$(?![0-9.])|\\[()\[\]]|(?<!\\)\$(?=[^$]*[^\\$]\$)|(?<=[0-9.])\$$", " ", text)
     text = re.sub(r"\\text\s*\{\s*\\?\$\s*\}|\\\$|\$", " \\\\usd ", text)
     for _ in range(4):
-        opened = _WRAPPED.sub(_unwrap, text)
-        if opened == text:
-            opened = _WRAPPED_DEEPLY.sub(r" \1 ", text)
-        if opened == text:
-            break
-        text = opened
+        text = _WRAPPED.sub(_unwrap, text)
+    text = _WRAPPER.sub("", text)
     text = _EXPLICIT_THOUSANDS.sub("", text)
     text = re.sub(r"(?<!\\)%", r"\\%", text)
     text = _COMMAND.sub(_command, text)
     text = re.sub(r"\.\.\.+", r"\\ldots ", text).replace("**", "^")
+    text = re.sub(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac {\1}{\2}", text)
+    text = re.sub(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
+    text = re.sub(r"&\s*\\w\s*<(?:if|for|when)>", "&", re.sub(r",\s*(?=&|\\newrow|\\end)", "", text))
     text = re.sub(r"\^\s*\\prime\b|\^\s*\{\s*((?:\\prime\s*)+)\}", lambda m: "'" * max(1, m[0].count("prime")), text)
     text = re.sub(r"\^\s*(\\circ\b|\{\s*\\circ\s*\})", r"\\deg ", text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -205,7 +211,7 @@ def _trailing(text: str) -> str:
     """Without punctuation at the end, and without braces or parentheses around the whole."""
     while True:
         before = text
-        text = re.sub(r"(?<!\\)[\s.,;:]+$", "", text) if not text.endswith("\\ldots") else text
+        text = re.sub(r"(?:(?<!\\)[\s.,;:]|\\newrow|(?<!\\)\\)+$", "", text) if not text.endswith("\\ldots") else text
         if (
             text.startswith("{")
             and text.endswith("}")

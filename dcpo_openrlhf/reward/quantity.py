@@ -15,7 +15,7 @@ from dcpo_openrlhf.reward.vocabulary import HEDGES, MULTIPLES
 if TYPE_CHECKING:
     from dcpo_openrlhf.reward.reader import Reader
 
-_SIGNS = {"%": "%", "deg": "degree", "usd": "dollar", "€": "€", "£": "£", "¥": "¥", "₹": "₹"}
+_SIGNS = {"%": "%", "deg": "degree", "usd": "dollar", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "¢": "¢"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _BEFORE = frozenset({"USD", "EUR", "GBP", "JPY", "CNY", "Rs"})
 _TEMPERATURES = {
@@ -129,8 +129,8 @@ def _primes(reader: Reader, after: Unit | None) -> Unit | None:
         count += 1
     of_arc = after is not None and after.pi == 1
     names = {1: "arcmin" if of_arc else "foot", 2: "arcsec" if of_arc else "inch"}
-    if count not in names:
-        raise Unreadable("three primes")
+    if count not in names or (after is None and reader.next.kind != "num"):
+        raise Unreadable("primes that are no feet and inches")
     return lookup(names[count])
 
 

@@ -75,7 +75,7 @@ for spellings, scale, base in (
     ("pound lb", "0.45359237", "mass"),
     ("ounce oz", "0.028349523125", "mass"),
     ("dollar usd USD buck", 1, "dollar"),
-    ("cent", "1/100", "dollar"),
+    ("cent ¢", "1/100", "dollar"),
     ("penny pennie", "1/100", "dollar"),
     ("euro € EUR", 1, "euro"),
     ("£ GBP", 1, "sterling"),

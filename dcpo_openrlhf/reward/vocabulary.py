@@ -33,10 +33,10 @@ HEDGES = names(
     almost exactly maybe perhaps possibly probably wrong correct incorrect false true never
     always either neither both none all any every each other another instead of to from by with
     without half quarter third twice thrice double triple times plus minus divided multiplied
-    squared cubed factorial mod modulo base point power root log only off away out in at on
+    squared cubed factorial mod modulo base point power root log only off away out at on
     as into answer guess unknown undefined unclear unsure impossible one two three four five six
     seven eight nine ten eleven twelve zero first last next even odd prime positive
-    negative maximum minimum max min  remainder rounded will would could should
+    negative maximum minimum  remainder rounded will would could should
     might may can cannot can't don't know think sure we i you it that this these those which what
     who why how
     """

@@ -20,6 +20,7 @@ _NO_SOLUTION = re.compile(
     r"|(?:the )?empty(?: set)?|\\emptyset|\\\{ ?\\\}",
     re.IGNORECASE,
 )
+_REALS = re.compile(r"(?:all )?(?:the )?reals?(?: numbers?)?|\\mathbb ?\{ ?R ?\}", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))? ?(?:([ap]) ?\.? ?m\.?)?", re.IGNORECASE)
 _IN_DATES = names(
     """
@@ -32,6 +33,7 @@ _BASED = re.compile(r"\(?([0-9A-Z]+)\)?(?: ?_ ?\{? ?\(? ?([a-z]+|[0-9]+) ?\)? ?\
 _NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _BASES = {word: i for i, word in enumerate(_NUMBER_WORDS, start=2)} | {"sixteen": 16}
 _ATOM = r"[A-Za-z](?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?'*"
+_MULTIPLIES = re.compile(r"\\(?:cdot|times|frac)|[*/^0-9(]")
 _NAME = re.compile(rf"{_ATOM}(?:{_ATOM})+")
 
 
@@ -165,14 +167,17 @@ def _base(text: str) -> int | None:
 def words(gold: str, found: str) -> bool | None:
     """Words in their order. Case, articles and a final period do not matter; letters do not multiply."""
     mine = _words(gold)
-    if mine is None:
+    if mine is None or (re.fullmatch(r"[a-z]{2,3}", gold) and _MULTIPLIES.search(found)):
         return None
     other = _words(found)
     return other is not None and len(mine) == len(other) and all(map(_same_word, mine, other))
 
 
 def _words(text: str) -> list[str] | None:
-    if not re.fullmatch(r"[A-Za-z\s.,'!?;:\"-]+", text) or re.search(r"(?<![A-Za-z])[A-Za-z]{2,}", text) is None:
+    if (
+        not re.fullmatch(r"[A-Za-z\"'][A-Za-z\s.,'!?;:\"-]*", text)
+        or re.search(r"(?<![A-Za-z])[A-Za-z]{2,}", text) is None
+    ):
         return None
     parts = re.findall(r"[A-Za-z']+", text)
     if any(p in FUNCTIONS or p in GREEK for p in parts) or (len(parts) == 1 and parts[0] in ("oo", "infinity")):
@@ -194,7 +199,7 @@ def name(gold: str, found: str) -> bool | None:
     """AB', H_2O, xy: letters in their order, unless the found answer says that it multiplies."""
     if _NAME.fullmatch(gold) is None or gold in FUNCTIONS or gold in GREEK or gold in ("oo",):
         return None
-    if re.search(r"\\(?:cdot|times|frac)|[*/^0-9(]", re.sub(r"_(?:[A-Za-z0-9]|\{[^}]*\})", "", found)):
+    if _MULTIPLIES.search(re.sub(r"_(?:[A-Za-z0-9]|\{[^}]*\})", "", found)):
         return None
     return _braceless(found) == _braceless(gold)
 
@@ -203,7 +208,14 @@ def _braceless(text: str) -> str:
     return re.sub(r"[{}\s]", "", text)
 
 
-RULES: tuple[Rule, ...] = (choice, several_choices, no_solution, time_of_day, date, numeral, words, name)
+def real_numbers(gold: str, found: str) -> bool | None:
+    """All real numbers, in words and as a symbol."""
+    if not _REALS.fullmatch(gold) or not _REALS.fullmatch(found):
+        return None
+    return True
+
+
+RULES: tuple[Rule, ...] = (choice, several_choices, no_solution, real_numbers, time_of_day, date, numeral, words, name)
 
 
 def verdict(gold: str, found: str) -> bool | None:
