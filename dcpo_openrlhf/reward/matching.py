@@ -9,14 +9,21 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from dcpo_openrlhf.reward.algebra import contains, symbols
-from dcpo_openrlhf.reward.quantity import base_value, join
+from dcpo_openrlhf.reward.algebra import exact, symbols
+from dcpo_openrlhf.reward.quantity import base_value
 from dcpo_openrlhf.reward.realsets import FLIPPED, Interval, is_infinite, real_set, reversed_relation
+from dcpo_openrlhf.reward.shapes import (
+    assigned,
+    common_label,
+    family,
+    is_label,
+    is_labelled,
+    one_label,
+    simple,
+    vector_of,
+)
 from dcpo_openrlhf.reward.tokens import Node
 from dcpo_openrlhf.reward.units import has_direction, is_measured
-
-ZERO: Node = ("num", Fraction(0), None)
-INTEGERS = ("mathbb Z", "mathbb N")
 
 
 class Oracle(NamedTuple):
@@ -30,13 +37,13 @@ class Oracle(NamedTuple):
 
 def match(gold: Node, found: Node, ask: Oracle) -> bool:
     """Whether the found tree is the gold's answer."""
-    labels = (_common_label(gold), _common_label(found))
+    labels = (common_label(gold), common_label(found))
     if None not in labels and labels[0] != labels[1]:
         return False
-    gold, found = _simple(gold), _simple(found)
+    gold, found = simple(gold), simple(found)
     if gold == found:
         return True
-    gold, found = _family(gold, found)
+    gold, found = family(gold, found)
     as_sets = _match_sets(gold, found, ask)
     if as_sets is not None:
         return as_sets
@@ -50,117 +57,26 @@ def match(gold: Node, found: Node, ask: Oracle) -> bool:
     }.get(gold[0])
     if rule is not None:
         return rule(gold, found, ask)
+    if gold[0] == found[0] == "cong":
+        return _match_congruence(gold, found, ask)
     if gold[0] in ("cong", "minus", "union", "cycle"):
-        same = gold[0] == found[0] and len(gold) == len(found)
-        return (
-            same
-            and all(
-                match(g, f, ask)
-                for g, f in zip(gold[1:], found[1:], strict=True)
-                if isinstance(g, tuple) and isinstance(f, tuple)
-            )
-            and not isinstance(gold[1], str)
-        )
+        return gold[0] == found[0] != "cycle" and _in_order(gold[1:], found[1:], ask)
     return _match_value(gold, found, ask)
 
 
-# --- one shape for what is said in several
-
-
-def _simple(node: Node) -> Node:
-    """Both signs written out, 2 h and 30 min as one, a label before a list taken off: x = 2, 7."""
-    if node[0] not in ("list", "group", "matrix", "rel", "ratio", "union", "minus", "cong") and contains(node, "pm"):
-        return ("list", *_both(node))
-    if node[0] == "rel" and len(node) == 4 and node[2] == "=" and contains(node[3], "pm"):
-        return ("list", *_both(node[3]))
-    if node[0] == "list" or (node[0] == "group" and node[1] == "{"):
-        start = 1 if node[0] == "list" else 3
-        members: list[Node] = []
-        for member in node[start:]:
-            simple = _simple(member)
-            members += simple[1:] if simple[0] == "list" else [simple]
-        if len(members) == 2 and members[0][0] == members[1][0] == "qty" and node[0] == "list":
-            joined = join(members[0], members[1])
-            if joined is not None:
-                return joined
-        return (*node[:start], *_unlabelled(members))
-    return node
-
-
-def _unlabelled(members: Sequence[Node]) -> list[Node]:
-    """x = 2, 7 as 2, 7: a label that stands once, before the first."""
-    first = members[0] if members else ZERO
-    labelled = [_is_labelled(m) for m in members]
-    if len(members) > 1 and labelled[0] and not any(labelled[1:]) and not any(m[0] == "rel" for m in members[1:]):
-        return [first[3], *members[1:]]
-    return list(members)
-
-
-def _common_label(node: Node) -> Node | None:
-    """x in x = 2, 7 and in x = 2 ± 7: the label that `_simple` takes off."""
-    if node[0] == "list" and _is_labelled(node[1]) and not any(m[0] == "rel" for m in node[2:]):
-        return node[1][1]
-    return node[1] if _is_labelled(node) and contains(node[3], "pm") else None
-
-
-def _both(node: Node) -> list[Node]:
-    """a + b and a - b of every a ± b; the signs go together."""
-
-    def choose(tree: Node, sign: str) -> Node:
-        if tree[0] == "pm":
-            left, right = choose(tree[1], sign), choose(tree[2], sign)
-            return ("add", left, right if sign == "+" else ("neg", right))
-        return tuple(
-            choose(child, sign) if isinstance(child, tuple) and child and isinstance(child[0], str) else child
-            for child in tree
-        )
-
-    return [choose(node, "+"), choose(node, "-")]
-
-
-def _is_label(node: Node) -> bool:
-    return (
-        node[0] in ("sym", "app")
-        or node == ("const", "e")
-        or (node[0] == "group" and all(m[0] == "sym" for m in node[3:]))
-    )
-
-
-def _is_labelled(node: Node) -> bool:
-    return node[0] == "rel" and len(node) == 4 and node[2] == "=" and _is_label(node[1])
-
-
-def _family(gold: Node, found: Node) -> tuple[Node, Node]:
-    """n pi, n in Z and k pi, k in Z with the same name for the integer."""
-    (gold, mine), (found, other) = _bound(gold), _bound(found)
-    if mine and other and mine != other and other not in symbols(gold):
-        found = _renamed(found, other, mine)
-    return gold, found
-
-
-def _bound(node: Node) -> tuple[Node, str | None]:
-    clauses = (
-        [
-            m
-            for m in node[1:]
-            if m[0] == "rel" and len(m) == 4 and m[2] == "in" and m[3][0] == "sym" and m[3][1].startswith(INTEGERS)
-        ]
-        if node[0] == "list"
-        else []
-    )
-    if len(clauses) != 1 or clauses[0][1][0] != "sym":
-        return node, None
-    rest = [m for m in node[1:] if m is not clauses[0]]
-    return (rest[0] if len(rest) == 1 else ("list", *rest)), clauses[0][1][1]
-
-
-def _renamed(node: Node, old: str, new: str) -> Node:
-    if node == ("sym", old):
-        return ("sym", new)
-    return tuple(
-        _renamed(child, old, new) if isinstance(child, tuple) and child and isinstance(child[0], str) else child
-        for child in node
-    )
+def _match_congruence(gold: Node, found: Node, ask: Oracle) -> bool:
+    """x = 3 and x = 10 (mod 7) are the same class; 5 (mod 7) is no answer to 5."""
+    (_, mine, modulus), (_, other, its) = gold, found
+    if (
+        mine[0] == other[0] == "rel"
+        and len(mine) == len(other) == 4
+        and mine[2] == other[2]
+        and match(mine[1], other[1], ask)
+    ):
+        mine, other = mine[3], other[3]
+    residues = [exact(n) if n[0] in ("num", "neg") else None for n in (mine, other, modulus)]
+    same_class = None not in residues and residues[2] and (residues[0] - residues[1]) % residues[2] == 0  # type: ignore
+    return match(modulus, its, ask) and (bool(same_class) or match(mine, other, ask))
 
 
 # --- lists, sets, points, matrices
@@ -187,29 +103,17 @@ def _match_list(gold: Node, found: Node, ask: Oracle) -> bool:
         return found[0] == "list" and _in_order(members, found[1:], ask)
     if found[0] == "group" and found[1] == "{":
         return _same_set(members, found[3:], ask)
-    point = _assigned(members)
+    point = assigned(members)
     if found[0] == "group" and point is not None and found[1:3] == ("(", ")"):
         return _in_order(point, found[3:], ask)
     if found[0] != "list" or len(found) != len(gold):
         return False
     others = list(found[1:])
-    if _one_label(others) and not any(_is_labelled(m) for m in members):
+    if one_label(others) and not any(is_labelled(m) for m in members):
         others = [m[3] for m in others]
-    elif _one_label(members) and not any(_is_labelled(m) for m in others):
+    elif one_label(members) and not any(is_labelled(m) for m in others):
         members = [m[3] for m in members]
     return _pairs(members, others, ask)
-
-
-def _one_label(members: Sequence[Node]) -> bool:
-    """x = 1, x = 3 or x_1 = 1, x_2 = 3: names for solutions, not for different things."""
-    return all(_is_labelled(m) for m in members) and len({str(m[1][1]).partition("_")[0] for m in members}) == 1
-
-
-def _assigned(members: Sequence[Node]) -> list[Node] | None:
-    """(1, 2) of x = 1, y = 2: the values in the order of the names."""
-    if not all(_is_labelled(m) and m[1][0] == "sym" for m in members) or len({m[1][1] for m in members}) < len(members):
-        return None
-    return [m[3] for m in sorted(members, key=lambda m: m[1][1])]
 
 
 def _same_set(gold: Sequence[Node], found: Sequence[Node], ask: Oracle) -> bool:
@@ -224,7 +128,7 @@ def _match_group(gold: Node, found: Node, ask: Oracle) -> bool:
     if gold[1] == "{":
         if found[0] == "list":
             others = list(found[1:])
-            return _same_set(members, [m[3] for m in others] if _one_label(others) else others, ask)
+            return _same_set(members, [m[3] for m in others] if one_label(others) else others, ask)
         others = (
             found[3:]
             if found[0] == "group" and found[1] == "{"
@@ -233,13 +137,13 @@ def _match_group(gold: Node, found: Node, ask: Oracle) -> bool:
             else None
         )
         return bool(others) == bool(members) and others is not None and _same_set(members, others, ask)
-    if _is_labelled(found):
+    if is_labelled(found):
         return match(gold, found[3], ask)
-    vector = _vector(found)
+    vector = vector_of(found)
     if vector is not None and gold[1] in ("(", "langle", "[") and gold[2] in (")", "rangle", "]"):
         return (gold[1] == "[") == (gold[2] == "]") and _in_order(members, vector, ask)
     if found[0] == "list" and gold[1:3] == ("(", ")"):
-        point = _assigned(found[1:])
+        point = assigned(found[1:])
         return point is not None and _in_order(members, point, ask)
     plain = {"langle": "(", "rangle": ")"}
     if found[0] != "group" or [plain.get(b, b) for b in gold[1:3]] != [plain.get(b, b) for b in found[1:3]]:
@@ -247,17 +151,12 @@ def _match_group(gold: Node, found: Node, ask: Oracle) -> bool:
     return _in_order(members, found[3:], ask)
 
 
-def _vector(node: Node) -> list[Node] | None:
-    if node[0] != "matrix" or node[1] != "pmatrix":
-        return None
-    rows = node[2:]
-    return [row[0] for row in rows] if all(len(row) == 1 for row in rows) else list(rows[0]) if len(rows) == 1 else None
-
-
 def _match_matrix(gold: Node, found: Node, ask: Oracle) -> bool:
-    if _is_labelled(found):
+    if is_labelled(found):
         return match(gold, found[3], ask)
-    mine, other = _vector(gold), _vector(found)
+    if found[0] == "group" and found[1] == "[" and all(m[0] == "group" and m[1] == "[" for m in found[3:]):
+        found = ("matrix", "pmatrix", *(m[3:] for m in found[3:]))  # [[1, 2], [3, 4]]
+    mine, other = vector_of(gold), vector_of(found)
     if found[0] == "group" and found[1] in ("(", "langle", "["):
         return (
             mine is not None
@@ -273,7 +172,7 @@ def _match_matrix(gold: Node, found: Node, ask: Oracle) -> bool:
 
 
 def _match_ratio(gold: Node, found: Node, ask: Oracle) -> bool:
-    if _is_labelled(found):
+    if is_labelled(found):
         return match(gold, found[3], ask)
     if found[0] != "ratio":
         return (
@@ -299,10 +198,10 @@ def _match_relation(gold: Node, found: Node, ask: Oracle) -> bool:
 def _match_equation(gold: Node, found: Node, ask: Oracle) -> bool:
     _, left, _, right = gold
     if found[0] != "rel":
-        return _is_label(left) and found[0] != "ratio" and match(right, found, ask)
+        return is_label(left) and found[0] != "ratio" and match(right, found, ask)
     if any(sign != "=" for sign in found[2::2]):
         return False
-    if _is_label(left) and found[1] == left and all(match(right, part, ask) for part in found[3::2]):
+    if is_label(left) and found[1] == left and all(match(right, part, ask) for part in found[3::2]):
         return True
     if len(found) != 4 or any(
         n[0] in ("list", "group", "matrix", "ratio", "qty", "rel") for n in (left, right, found[1], found[3])
@@ -396,8 +295,8 @@ def _chain(gold: Node, found: Node, ask: Oracle) -> bool:
     parts, signs = list(found[1::2]), found[2::2]
     if any(sign not in ("=", "~") for sign in signs):
         return False
-    if _is_label(parts[0]) and parts[0] not in (gold,):
+    if is_label(parts[0]) and parts[0] not in (gold,):
         parts = parts[1:]
-    elif _is_label(parts[-1]) and parts[-1] not in (gold,):
+    elif is_label(parts[-1]) and parts[-1] not in (gold,):
         parts = parts[:-1]
     return bool(parts) and all(part[0] not in ("list", "rel") and match(gold, part, ask) for part in parts)

@@ -73,6 +73,8 @@ _SYMBOLS = {
         "∜": "\\sqrt[4] ",
         "∂": "\\partial ",
     },
+    **dict.fromkeys("\u201c\u201d\u201e", ""),
+    **{"\u00c5": "\\AA ", "\u212b": "\\AA ", "\u2126": "\\Omega "},
 }
 _SAME = {  # commands that say the same
     **dict.fromkeys(names("dfrac tfrac cfrac nicefrac sfrac xfrac"), "frac"),
@@ -150,7 +152,9 @@ def _unwrap(match: re.Match[str]) -> str:
     if match["font"]:
         return f" {inside} "
     before = match.string[: match.start()].rstrip(" ~,\\;")[-1:]
-    if before.isdigit() or before in (")", "}", ">"):  # a unit of one letter
+    if (
+        before.isdigit() or before in (")", "}", ">") or match.string[: match.start()].rstrip().endswith("\\mu")
+    ):  # a unit of one letter
         inside = re.sub(r"(?<![A-Za-z\\<])([msghNJWVKLCFAT])(?![A-Za-z>.])", r" \\w<\1> ", inside)
     if "\\w<" in inside or _RUN.search(inside):
         return f" {_mark(inside)} "
@@ -195,7 +199,10 @@ def normalise(text: str) -> str:
         text = _WRAPPED.sub(_unwrap, text)
     text = _WRAPPER.sub("", text)
     text = _EXPLICIT_THOUSANDS.sub("", text)
-    text = re.sub(r"(?<!\\)%", r"\\%", text)
+    text = re.sub(r"\\mu\s*\\w\s*<([a-zA-Z]+)>", r"\\w<mu\1>", text)
+    text = re.sub(r"\\AA(?![a-z])|\\(?:mathring|r)\s*\{\s*A\s*\}", r" \\w<angstrom> ", text)
+    text = re.sub(r"(?<!\\)%", r"\\%", text).replace("{:}", ":")
+    text = re.sub(r"\\not\s*=", r"\\ne ", re.sub(r"\\([RZNQC])(?![A-Za-z])", r"\\mathbb{\1}", text))
     text = _COMMAND.sub(_command, text)
     text = re.sub(r"\.\.\.+", r"\\ldots ", text).replace("**", "^")
     text = re.sub(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac {\1}{\2}", text)

@@ -48,7 +48,7 @@ def _int(digits: str) -> int:
 def _period(digits: str) -> str:
     """The shortest block that ends the digits: three times for one digit, twice for more. 0.1212... and 0.333..."""
     for length in range(1, len(digits) // 2 + 1):
-        times = 3 if length == 1 else 2
-        if len(digits) >= length * times and digits.endswith(digits[-length:] * times):
+        times = 3 if length == 1 and len(digits) > 2 else 2
+        if digits.endswith(digits[-length:] * times):
             return digits[-length:]
     raise Unreadable(f"no period in {digits[:60]}")

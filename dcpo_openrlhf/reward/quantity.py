@@ -15,7 +15,7 @@ from dcpo_openrlhf.reward.vocabulary import HEDGES, MULTIPLES
 if TYPE_CHECKING:
     from dcpo_openrlhf.reward.reader import Reader
 
-_SIGNS = {"%": "%", "deg": "degree", "usd": "dollar", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "¢": "¢"}
+_SIGNS = {"%": "%", "deg": "degree", "usd": "dollar", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "¢": "¢", "Omega": "ohm"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _BEFORE = frozenset({"USD", "EUR", "GBP", "JPY", "CNY", "Rs"})
 _TEMPERATURES = {
@@ -89,7 +89,7 @@ def _starts_unit(reader: Reader, inside: bool) -> bool:
     if token.kind == "word":
         return token.text.lower() not in HEDGES
     if token.kind in ("cmd", "op") and token.text in _SIGNS:
-        return True
+        return token.text != "Omega" or reader.bare_units
     # Bare letters are units only where the caller says that nothing else can be meant.
     return token.kind == "let" and token.text in LETTERS and reader.bare_units and (inside or token.space)
 

@@ -194,7 +194,11 @@ class Reader(Atoms):
             return token.text not in LETTERS
         if token.kind in ("num", "let"):
             return True
-        if token.text == "(" and self.peek().kind == "word" and self.peek(2).text == ")":
+        if token.text == "(" and (
+            self.peek(1)[:2] == ("cmd", "mod") or (self.peek().kind == "word" and self.peek(2).text == ")")
+        ):
+            return False  # (mod 7), (cm)
+        if token.text == "Omega" and self.bare_units:
             return False
         if token.kind == "cmd":
             starts = token.text in GREEK or token.text in FUNCTIONS or token.text in MARKS
@@ -266,7 +270,7 @@ def _mixed(node: Node, right: Node) -> Node | None:
 
 def has_standing(tokens: list[Token]) -> set[str]:
     """What the tokens leave to be worked out."""
-    return {t.text for t in tokens if t.kind == "cmd" and t.text in STANDING}
+    return {t.text.removeprefix("p") for t in tokens if t.kind == "cmd" and t.text in STANDING}
 
 
 def read(tokens: list[Token], *, bare_units: bool = False) -> Node:

@@ -93,7 +93,8 @@ def tokenise(text: str, *, commas: bool = True) -> list[Token]:
         if kind == "space":
             space = True
             continue
-        measured = bool(tokens) and (tokens[-1].kind == "num" or tokens[-1].text == "/") and value in GLUED
+        behind = tokens[-2 if tokens[-1].text == "(" else -1 :] if tokens else []
+        measured = bool(behind) and (behind[0].kind == "num" or behind[0].text == "/") and value in GLUED
         if kind == "run":
             tokens += [Token("word", value, space)] if measured else _run(value, space)
         elif kind == "marked":

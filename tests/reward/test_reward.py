@@ -49,6 +49,9 @@ def boxed(answer: str) -> str:
         (r"\boxed{x = \boxed{3}}", "3"),
         (r"\boxed{a\\}", r"a\\"),
         (r"\boxed{}", ""),
+        (r"\boxed{5}{6}", "5}{6"),
+        (r"\boxed{5} {6}", "5} {6"),
+        (r"{\boxed{5}}{6}", "5"),
     ],
 )
 def test_extract_boxed(text, expected):
@@ -75,6 +78,25 @@ def test_extract_boxed(text, expected):
         ("7 or 12.5", None),
         (".5", None),
         ("9" * 5000, "9" * 5000),
+        ("x = - 5", "-5"),
+        ("- 5", "-5"),
+        ("7 - 5", "5"),
+        ("(2) - 3", "3"),
+        ("so 3 -5", "-5"),
+        ("7/2", None),
+        ("7 / 2", None),
+        (r"\frac{7}{2}", None),
+        (r"\frac72", None),
+        ("3^2", None),
+        ("3^{2}", None),
+        ("10^-2", None),
+        ("x_2", None),
+        ("1e3", None),
+        ("1E+3", None),
+        ("12:30", None),
+        ("Step 2: 30", "30"),
+        ("Answer:30", "30"),
+        ("5 or 6", "6"),
     ],
 )
 def test_last_integer(text, expected):
@@ -84,7 +106,7 @@ def test_last_integer(text, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("12", "12"), (" +2 ", "2"), ("1{,}234", "1234"), (r"32,\! 348", "32348"), (r"\$10\,000$", "10000"), ("3.00", "3")]
-    + [(text, None) for text in ("", "1.5", "1,23", "x", "1/2", "2 3", "5 cm")],
+    + [(text, None) for text in ("", "1.5", "1,23", "x", "1/2", "2 3", "5 cm", r"5\,6", "5$6")],
 )
 def test_as_integer(text, expected):
     assert as_integer(text) == expected
