@@ -32,7 +32,11 @@ OUR_MISTAKE = (ValueError, TypeError, LookupError, AssertionError, ImportError, 
 """Errors of a start that load does not explain."""
 
 
-class LocalRayError(RuntimeError):
+class StartupError(RuntimeError):
+    """What the start of a run waits for did not come; says what, for how long it waited, and what to do."""
+
+
+class LocalRayError(StartupError):
     """Ray did not start on this machine; says how often it was tried, within which bounds, and what to do."""
 
 
