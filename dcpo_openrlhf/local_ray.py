@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from dcpo_openrlhf.errors import RunError
+
 logger = logging.getLogger("dcpo_openrlhf")
 
 START_ATTEMPTS = 3
@@ -32,7 +34,11 @@ OUR_MISTAKE = (ValueError, TypeError, LookupError, AssertionError, ImportError, 
 """Errors of a start that load does not explain."""
 
 
-class LocalRayError(RuntimeError):
+class StartupError(RunError):
+    """What the start of a run waits for did not come; says what, for how long it waited, and what to do."""
+
+
+class LocalRayError(StartupError):
     """Ray did not start on this machine; says how often it was tried, within which bounds, and what to do."""
 
 

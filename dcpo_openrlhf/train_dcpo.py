@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, tasks.TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (local_ray.LocalRayError, RunError) as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except MonitorStop as stop:
@@ -76,7 +76,7 @@ def run(recipe: Recipe) -> None:
     with started(recipe, signal_bound=bound) as trainer:
         try:
             trainer.generate_only() if recipe.train.rollout_only else trainer.fit()
-        except Interrupted:
+        except KeyboardInterrupt:
             if bound:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())
             raise
@@ -283,28 +283,28 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     import ray
 
     from dcpo_openrlhf.policy.actor import ACTORS, PolicyActorGroup
-    from dcpo_openrlhf.rollout.pool import COLOCATED_SHARE, device_group, shutdown_engines, wait_until_ready
+    from dcpo_openrlhf.rollout.pool import COLOCATED_SHARE, device_group, shutdown_engines, sleep, wait_until_ready
 
-    p, begin = recipe.parallel, time.monotonic()
-    shared = device_group(p.world_size, recipe.run.startup_timeout) if p.colocate else None
+    p, begin, bound = recipe.parallel, time.monotonic(), recipe.run.startup_timeout
+    shared = device_group(p.world_size, bound, what="training and engines") if p.colocate else None
     engines = _create_engines(recipe, shared) if recipe.generates else []
     stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
     group = None
     if not recipe.train.rollout_only:
         share: Any = COLOCATED_SHARE if shared else 1  # annotated int by OpenRLHF, which itself passes fractions
         actor: Any = ACTORS[p.backend]
-        group = PolicyActorGroup(p.nodes, p.devices_per_node, actor, cast(Any, shared), share)
+        group = PolicyActorGroup(p.nodes, p.devices_per_node, actor, cast(Any, shared), share, timeout_s=bound)
         stack.callback(_kill, group)
     ranks = p.world_size if group else 0
     logger.info("starting %d rollout engines and %d policy ranks", len(engines), ranks)
     if shared:  # one after the other: each needs the device's memory to be built
-        wait_until_ready(engines, recipe.run.startup_timeout)
-        ray.get([engine.sleep.remote() for engine in engines])
+        wait_until_ready(engines, bound)
+        sleep(engines, bound)
     if group is not None:
         group.begin_init(strategy, recipe.train.steps * recipe.updates_per_step)
-    wait_until_ready(engines, recipe.run.startup_timeout)
+    wait_until_ready(engines, bound)
     if group is not None:
-        group.finish_init(engines, timeout=recipe.run.startup_timeout)
+        group.finish_init(engines, timeout=bound)
     logger.info(
         "engines and policy are ready after %.0f s (%s)",
         time.monotonic() - begin,

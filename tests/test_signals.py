@@ -83,7 +83,7 @@ def test_a_signal_ends_a_wait_for_ray_at_once() -> None:
     try:
         forever = ray.remote(lambda: time.sleep(HANG_S)).remote()
         for wait in (lambda: ray.get(forever), lambda: ray.wait([forever], timeout=HANG_S)):
-            with signals.raising(), pytest.raises(signals.Interrupted):
+            with pytest.raises(Interrupted), signals.raising():
                 threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
                 wait()
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dcpo_openrlhf import signals, train_dcpo
+from dcpo_openrlhf import local_ray, signals, train_dcpo
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe
 from tests.tiny import make_tiny_model
@@ -195,6 +195,14 @@ def test_signal_is_told_and_sets_the_exit_status(main: Main, monkeypatch: pytest
     status, _, err = main()
     assert status == 128 + signal.SIGTERM
     assert err.startswith("ended by SIGTERM")
+
+
+def test_a_start_that_does_not_come_up_is_one_error(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(_: Any) -> None:
+        raise local_ray.StartupError("2 devices for training must fit")
+
+    monkeypatch.setattr(train_dcpo, "run", late)
+    assert main() == (1, "", "error: 2 devices for training must fit\n")
 
 
 def test_a_save_that_takes_too_long_or_fails_is_told_and_the_run_still_ends(caplog: pytest.LogCaptureFixture) -> None:

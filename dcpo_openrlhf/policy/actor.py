@@ -1,6 +1,8 @@
 """The policy as Ray actors: OpenRLHF's BaseModelActor around a trainer; the group deals rows to data ranks."""
 
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
+from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub
 from dcpo_openrlhf.recipe.schema import Recipe
 
@@ -287,6 +290,49 @@ class PolicyActorGroup(RayActorGroup):
     data_ranks: list[int]
     """Data-parallel rank of each actor; set by `finish_init`."""
 
+    def __init__(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> None:
+        """OpenRLHF's arguments, and the seconds until the ranks must have devices and processes; None: no bound."""
+        self._timeout_s = timeout_s
+        super().__init__(*args, **kwargs)
+
+    def _initiate_actors(self, pg: Any, num_gpus_per_actor: float) -> None:
+        """As OpenRLHF's, which waits for devices and for rank 0 without an end. Raises StartupError."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from dcpo_openrlhf.rollout.pool import device_group
+
+        nodes, each = self._num_nodes, self._num_gpus_per_node
+        size, begin = nodes * each, time.monotonic()
+        self.devices = pg or device_group(size, self._timeout_s, what=f"training, {nodes} nodes * {each}")
+
+        def start(rank: int, address: str | None, port: int | None) -> Any:
+            place = PlacementGroupSchedulingStrategy(placement_group=self.devices, placement_group_bundle_index=rank)
+            share = {"num_cpus": num_gpus_per_actor, "num_gpus": num_gpus_per_actor}
+            actor: Any = self.ray_actor_type
+            return actor.options(**share, scheduling_strategy=place).remote(size, rank, address, port)
+
+        self._actor_handlers = [start(0, None, None)]
+        if size > 1:
+            left = None if self._timeout_s is None else max(self._timeout_s - (time.monotonic() - begin), 0.0)
+            call = self._actor_handlers[0].get_master_addr_port.remote()
+            ((address, port),) = self._wait([call], timeout=left, doing="starting its process")
+            self._actor_handlers += [start(rank, address, port) for rank in range(1, size)]
+
+    def _wait(self, calls: Sequence[ray.ObjectRef], *, timeout: float | None, doing: str) -> list[Any]:
+        """Results of a call to each rank. Raises StartupError that names the ranks which died or are late."""
+        from dcpo_openrlhf.rollout.pool import gather
+
+        return gather(
+            calls,
+            list(range(len(calls))),
+            timeout_s=math.inf if timeout is None else timeout,
+            doing=doing,
+            remedy="see its log in Ray's session folder (logs/worker-*.err), or with run.worker_logs=true; raise "
+            "run.startup_timeout if it was still at work",
+            who="policy rank",
+            error=StartupError,
+        )
+
     def begin_init(self, strategy: RecipeStrategy, max_steps: int) -> None:
         """Let every actor build its model in the background; `finish_init` waits for it."""
         self._building = self.async_init_model_from_pretrained(strategy, str(strategy.recipe.model.path), max_steps)
@@ -294,11 +340,12 @@ class PolicyActorGroup(RayActorGroup):
     def finish_init(self, engines: Sequence[Any], *, timeout: float) -> None:
         """Return when every model is built and connected to the engines, which are ready; a replay has none.
 
-        Raises ray.exceptions.GetTimeoutError after `timeout` seconds.
+        Raises StartupError after `timeout` seconds for either.
         """
-        self.data_ranks = ray.get(self._building, timeout=timeout)
+        self.data_ranks = self._wait(self._building, timeout=timeout, doing="building its model")
         if engines:
-            ray.get(self.async_run_method("connect", engines), timeout=timeout)
+            calls = self.async_run_method("connect", engines)
+            self._wait(calls, timeout=timeout, doing="connecting to the rollout engines")
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[ray.ObjectRef]:
         """Each item of each list is one mini-batch of rows, dealt over the data ranks; one ref an actor."""

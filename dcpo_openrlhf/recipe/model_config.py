@@ -21,6 +21,19 @@ SIZES = (
 
 def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
     yield from families.not_implemented(hf, config)
+    for name in ("quantization_config", "compression_config"):
+        if quantised := hf.get(name):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            yield (
+                f"{name} (quant_method = {method!r}) in {config}: quantised weights are not trained, their numbers "
+                "mean nothing without their scales; use the model in bf16 or fp32"
+            )
+    both = [_rope(hf.get(name)) for name in ("rope_parameters", "rope_scaling")]
+    if all(both) and both[0] != both[1]:
+        yield (
+            f"rope_parameters = {hf['rope_parameters']} and rope_scaling = {hf['rope_scaling']} in {config} differ, "
+            "and trainer and engine may each take another one; remove one of them"
+        )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
@@ -30,6 +43,14 @@ def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
             f"attention_factor = {rope['attention_factor']!r} in {config} is not implemented: it is derived from "
             "factor; remove it or use another model"
         )
+
+
+def _rope(said: Any) -> dict[str, Any]:
+    """A rope section's settings under their newer names; theta may stand beside it."""
+    given = {k: v for k, v in said.items() if v is not None} if isinstance(said, dict) else {}
+    kind = given.pop("type", "default")
+    given.pop("rope_theta", None)
+    return {"rope_type": kind} | given if said else {}
 
 
 def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.methods import METHODS
-from dcpo_openrlhf.recipe import families, memory, model_config, processor, resume
+from dcpo_openrlhf.recipe import families, memory, model_config, processor, resume, weights
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 TESTED = {
@@ -89,6 +89,7 @@ def hints(recipe: Recipe) -> list[str]:
             f"model.dtype = bf16 on a processor without bf16 units: bf16 multiplies {processor.bf16_slowdown():.2g} x "
             "slower than fp32 here; leave model.dtype at auto, which takes fp32, or run where AVX512-BF16 or AMX is"
         )
+    said += _slow_rollouts(recipe)
     if recipe.parallel.nodes > 1:
         folders = [recipe.run.dir, recipe.model.path, *([recipe.task.train] if recipe.task.train else [])]
         local = [f"{folder} ({kind})" for folder in folders if (kind := _file_system(folder)) in LOCAL_FILE_SYSTEMS]
@@ -98,6 +99,22 @@ def hints(recipe: Recipe) -> list[str]:
                 f"{', '.join(local)} looks like this machine's own disk; use a shared file system"
             )
     return said
+
+
+def _slow_rollouts(recipe: Recipe) -> Iterator[str]:
+    """Where responses of full length would take longer than rollout.timeout: every retry of that step ends alike."""
+    r, e, t = recipe.rollout, recipe.estimate, recipe.train
+    responses, devices_ = t.prompts_per_step * t.group_size, r.engines * r.tensor_parallel
+    rate = devices_ * e.engine_tokens_per_second
+    longest, usual = (responses * min(n, r.max_new_tokens) / rate for n in (r.max_new_tokens, e.response_tokens))
+    if recipe.generates and recipe.run.device == "cuda" and longest > r.timeout:
+        yield (
+            f"rollout.timeout = {r.timeout:g} s ends the run where {responses} responses take longer: about "
+            f"{longest:.0f} s if all of them reach rollout.max_new_tokens = {r.max_new_tokens}, {usual:.0f} s at "
+            f"estimate.response_tokens = {e.response_tokens} (ESTIMATE: {devices_} engine devices, "
+            f"estimate.engine_tokens_per_second = {e.engine_tokens_per_second:g}); raise it, for a step that is too "
+            "slow once is so at every retry"
+        )
 
 
 def check_cluster(recipe: Recipe, *, gpus: float, cpus: float) -> None:
@@ -178,23 +195,11 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
 
 def _weights(recipe: Recipe) -> Iterator[str]:
     folder = recipe.model.path
-    if not os.path.isfile(folder / "config.json"):
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
         return  # said by _model, or by check for a dry run
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [single] if os.path.isfile(single) else []
-    if os.path.isfile(index):
-        try:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            yield f"{index} cannot be read ({error!r}); download the model again"
-            return
-    if not files:
-        yield (
-            f"model.path = {folder} has no weights ({single.name} or {index.name}); save the model as safetensors there"
-        )
-    missing = [file.name for file in files if not os.access(file, os.R_OK)]
-    if missing:
-        yield f"model.path = {folder}: {', '.join(missing)} cannot be read; complete the download"
+    yield from weights.violations(folder, hf)
 
 
 def _disk(recipe: Recipe) -> Iterator[str]:

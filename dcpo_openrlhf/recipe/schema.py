@@ -226,8 +226,8 @@ class Rollout(Section):
     cpu_kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     cpu_threads: Positive | None = None
     """Threads of one engine on cpu; None: all cores divided by the engines."""
-    timeout: Annotated[float, Field(gt=0)] = 1800.0
-    """Seconds for one batch of responses before the run is ended with an error."""
+    timeout: Annotated[float, Field(gt=0)] = 7200.0
+    """Seconds for one step's responses before the run is ended with an error; --dry-run says what they may take."""
     record: bool = False
     """Write every response with its tokens and log-probs to samples/step_NNNNNN.pt, for rollout.replay."""
     replay: Expanded | None = None

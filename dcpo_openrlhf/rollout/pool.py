@@ -1,18 +1,20 @@
 """The engines of a run: created side by side, waited for, asked, and ended."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group as make_placement_group
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.rollout.engine import RolloutEngine
 
 from openrlhf.trainer.ray.utils import get_bundle_indices  # isort: skip  (engine installs the stub it needs)
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
+logger = logging.getLogger(__name__)
 WORKER_EXTENSION = "dcpo_openrlhf.weight_sync.worker.WorkerExtension"
 # Prompts shorter than a block are never shared; vLLM's default of 128 on CPU switches prefix caching off for them.
 CPU_BLOCK_SIZE = 32
@@ -72,13 +75,15 @@ def create_rollout_engines(
 
     One Ray GPU (on CPU a logical one) for each of an engine's `tensor_parallel` workers, in a placement group of their
     own unless one is given; then `bundle_indices[i]` are engine i's bundles and the engine takes a share of a device,
-    as OpenRLHF's colocated engines do. Raises RuntimeError when the cluster does not grant the group in `timeout_s`.
+    as OpenRLHF's colocated engines do. Raises StartupError when the cluster does not grant the group in `timeout_s`.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f'device must be "cpu" or "cuda", not {device!r}')
     colocated = placement_group is not None
     if placement_group is None:
-        placement_group = device_group(count * tensor_parallel, timeout_s)
+        placement_group = device_group(
+            count * tensor_parallel, timeout_s, what=f"{count} rollout engines * tensor_parallel {tensor_parallel}"
+        )
     if bundle_indices is None:
         bundle_indices = [get_bundle_indices(placement_group, i, tensor_parallel) for i in range(count)]
     settings = {
@@ -144,26 +149,38 @@ def _device_kwargs(
     }
 
 
-def device_group(count: int, timeout_s: float) -> "PlacementGroup":
-    """A placement group of `count` devices, each a Ray GPU and a CPU. Raises RuntimeError where they are not free."""
-    bundles = [{"GPU": 1.0, "CPU": 1.0} for _ in range(count)]
-    group = make_placement_group(bundles, strategy="PACK")
-    try:
-        ray.get(group.ready(), timeout=timeout_s)
-    except GetTimeoutError as error:
-        remove_placement_group(group)
-        total = ray.cluster_resources()
-        raise RuntimeError(
-            f"{count} devices (rollout engines * tensor_parallel, or those shared with training) must fit Ray's free "
-            "GPUs and CPUs; "
-            f"the cluster has {total.get('GPU', 0):g} GPUs and {total.get('CPU', 0):g} CPUs, some of them in use; "
-            "lower rollout.engines or add nodes"
-        ) from error
+def device_group(count: int, timeout_s: float | None, *, what: str) -> "PlacementGroup":
+    """A placement group of `count` devices for `what`, each a Ray GPU and a CPU; None waits for ever.
+
+    Raises StartupError where they are not free in `timeout_s`. A wait is told in the log.
+    """
+    begin = time.monotonic()
+    group = make_placement_group([{"GPU": 1.0, "CPU": 1.0} for _ in range(count)], strategy="PACK")
+    ready = group.ready()
+    first = POLL_S if timeout_s is None else min(POLL_S, timeout_s)
+    if not ray.wait([ready], timeout=first)[0]:
+        logger.info("waiting for %d devices for %s: %s", count, what, _devices_held())
+        left = None if timeout_s is None else max(timeout_s - (time.monotonic() - begin), 0.0)
+        if not ray.wait([ready], timeout=left)[0]:
+            held = _devices_held()
+            remove_placement_group(group)
+            raise StartupError(
+                f"{count} devices for {what} must fit Ray's free GPUs and CPUs, and did not in run.startup_timeout = "
+                f"{timeout_s:g} s: {held}; wait for other jobs to end (ray status), raise run.startup_timeout, lower "
+                "rollout.engines or the mesh, or add nodes"
+            )
     return group
 
 
+def _devices_held() -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return "the cluster has " + " and ".join(
+        f"{total.get(kind, 0):g} {kind}s, {free.get(kind, 0):g} of them free" for kind in ("GPU", "CPU")
+    )
+
+
 def wait_until_ready(engines: Sequence["ActorHandle"], timeout_s: float) -> None:
-    """Return when every engine answers. Raises RuntimeError that names the engine which failed or is late."""
+    """Return when every engine answers. Raises StartupError that names the engine which failed or is late."""
     gather(
         [engine.health.remote() for engine in engines],
         list(range(len(engines))),
@@ -171,6 +188,19 @@ def wait_until_ready(engines: Sequence["ActorHandle"], timeout_s: float) -> None
         doing="starting",
         remedy="see its log in Ray's session folder (logs/worker-*.err); the first start on a machine is the slowest, "
         "so raise run.startup_timeout if it was still loading",
+        error=StartupError,
+    )
+
+
+def sleep(engines: Sequence["ActorHandle"], timeout_s: float) -> None:
+    """Return when every engine has left its device to the policy. Raises StartupError as `wait_until_ready`."""
+    gather(
+        [engine.sleep.remote() for engine in engines],
+        list(range(len(engines))),
+        timeout_s=timeout_s,
+        doing="going to sleep",
+        remedy="see its log in Ray's session folder (logs/worker-*.err)",
+        error=StartupError,
     )
 
 
@@ -186,9 +216,16 @@ class EngineError(RunError):
 
 
 def gather(
-    calls: Sequence["ray.ObjectRef"], engine_of: Sequence[int], *, timeout_s: float, doing: str, remedy: str
+    calls: Sequence["ray.ObjectRef"],
+    engine_of: Sequence[int],
+    *,
+    timeout_s: float,
+    doing: str,
+    remedy: str,
+    who: str = "rollout engine",
+    error: type[RunError] = EngineError,
 ) -> list[Any]:
-    """Results in the order of `calls`; EngineError naming the engine when one dies or `timeout_s` is over."""
+    """Results in the order of `calls`; `error` naming the engine (`who` it is) when one dies or `timeout_s` is over."""
     position = {call: index for index, call in enumerate(calls)}
     results: list[Any] = [None] * len(calls)
     pending, ends = list(calls), time.monotonic() + timeout_s
@@ -199,21 +236,16 @@ def gather(
         for call in done:
             try:
                 results[position[call]] = ray.get(call)
-            except RayActorError as error:
-                raise EngineError(
-                    f"rollout engine {engine_of[position[call]]} died while {doing}; {remedy}: {error}"
-                ) from error
-            except RayTaskError as error:
-                if not isinstance(error.cause, EngineDeadError):
+            except RayActorError as death:
+                raise error(f"{who} {engine_of[position[call]]} died while {doing}; {remedy}: {death}") from death
+            except RayTaskError as failure:
+                if not isinstance(failure.cause, EngineDeadError):
                     raise
-                raise EngineError(
-                    f"rollout engine {engine_of[position[call]]} died while {doing}: the worker of vLLM behind it is "
-                    f"gone; {remedy}"
-                ) from error
+                dead = f"{who} {engine_of[position[call]]} died while {doing}: vLLM's worker behind it is gone"
+                raise error(f"{dead}; {remedy}") from failure
         if pending and time.monotonic() >= ends:
             late = Counter(engine_of[position[call]] for call in pending)
-            who = ", ".join(f"engine {engine} ({number} calls)" for engine, number in sorted(late.items()))
-            raise EngineError(
-                f"rollout engines took more than {timeout_s:g} s while {doing}: {who} did not answer; {remedy}"
-            )
+            kind = who.split()[-1]
+            names = ", ".join(f"{kind} {engine} ({number} calls)" for engine, number in sorted(late.items()))
+            raise error(f"{who}s took more than {timeout_s:g} s while {doing}: {names} did not answer; {remedy}")
     return results

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe import preflight, weights
+from dcpo_openrlhf.recipe.load import load_recipe
+from dcpo_openrlhf.recipe.memory import Sizes
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from tests.tiny import MAX_POSITIONS, make_tiny_model
 
@@ -53,14 +57,18 @@ def violations(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 @pytest.fixture
 def model_with(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the tiny model's config.json with other values (None: without the key), weights linked."""
+    """A copy of the tiny model's config.json with other values (None: without the key), and tensors of its names."""
 
     def make(**changes: Any) -> Path:
         folder = tmp_path / "model"
         folder.mkdir()
         config = json.loads((tiny / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-        (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
+        try:
+            names = weights.names(Sizes.of(config | {"num_experts": config.get("num_experts")}))
+            save_file({name: torch.ones(1) for name in names}, folder / "model.safetensors")
+        except (KeyError, TypeError):  # a config.json of no model
+            (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
         return folder
 
     return make
@@ -137,6 +145,15 @@ def test_model_config_without_sizes(violations: Check, model_with: Callable[...,
             {"rope_parameters": {"rope_type": "longrope"}},
             "rope_type = 'longrope' in .* is not implemented, only default,",
         ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config \(quant_method = 'fp8'\) in .*: quantised weights are not trained.*in bf16 or fp32",
+        ),
+        ({"compression_config": {"format": "float"}}, "compression_config .* quantised weights are not trained"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters = .*'default'} and rope_scaling = .*2.0} in .* differ.*; remove one of them",
+        ),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type = 'dynamic' in .* not implemented"),
         ({"rope_parameters": {"rope_type": "yarn", "attention_factor": 0.9}}, "attention_factor = 0.9 .* is derived"),
     ],
@@ -145,6 +162,36 @@ def test_model_that_is_not_implemented(
     violations: Check, model_with: Callable[..., Path], changes: dict[str, Any], said: str
 ) -> None:
     assert re.match(said, only(violations({"model.path": model_with(**changes)})))
+
+
+def test_both_rope_keys_may_say_the_same(violations: Check, model_with: Callable[..., Path]) -> None:
+    old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    assert violations({"model.path": model_with(rope_scaling=old, rope_parameters=new)}) == []
+
+
+def test_weights_are_looked_into(violations: Check, model_with: Callable[..., Path]) -> None:
+    folder = model_with()
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "is a Git LFS pointer" in only(violations({"model.path": folder}))
+
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
+
+
+def test_rollouts_that_may_outlast_their_timeout_are_a_hint() -> None:
+    recipe = load_recipe(SHIPPED / "dcpo-qwen2.5-7b-8xa800.yaml", ["rollout.timeout=1800"])
+    (hint,) = preflight.hints(recipe)
+    # 512 prompts * 8 responses * 8192 (or 1500) tokens / (4 engines * 2000 tokens/s)
+    assert (
+        "rollout.timeout = 1800 s" in hint and "about 4194 s if all of them reach rollout.max_new_tokens = 8192" in hint
+    )
+    assert "768 s at estimate.response_tokens = 1500" in hint
+    assert preflight.hints(load_recipe(SHIPPED / "dcpo-qwen2.5-7b-8xa800.yaml", ["rollout.timeout=4200"])) == []
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_recipes_leave_their_rollouts_time(file: Path) -> None:
+    assert [hint for hint in preflight.hints(load_recipe(file)) if "rollout.timeout" in hint] == []
 
 
 def test_tensor_size_must_divide_heads_groups_and_width(violations: Check) -> None:

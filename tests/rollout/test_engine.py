@@ -159,7 +159,7 @@ def test_processes_end_with_a_killed_actor_and_the_error_names_the_engine(engine
 
 def test_engines_that_the_cluster_cannot_hold_are_refused(folders):
     too_many = engines(folders[0], "gloo", count=8, tensor_parallel=2, timeout_s=2.0)
-    with pytest.raises(RuntimeError, match=r"16 devices \(rollout engines \* tensor_parallel.* has 1 GPUs"), too_many:
+    with pytest.raises(RuntimeError, match=r"16 devices for 8 rollout engines \* tensor.* has 1 GPUs"), too_many:
         pass
 
 
