@@ -9,6 +9,7 @@ that asks for more samples or problems. Grades are computed from the kept sample
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from dcpo_openrlhf.reward.extract import EXTRACTORS
@@ -42,6 +44,8 @@ class Preset:
     top_p: float = 0.95
 
 
+LONGEST_DEADLINE = 3600
+"""[s] Of one comparison: beyond an hour it is a slip, and a kernel's alarm takes no infinity."""
 PRESETS = {
     "pass1": Preset(temperature=0.1, samples=1, contest_samples=32),
     "pass128": Preset(temperature=0.6, samples=128, contest_samples=128),
@@ -161,8 +165,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     preset = PRESETS[args.preset]
     args.temperature = preset.temperature if args.temperature is None else args.temperature
     args.top_p = preset.top_p if args.top_p is None else args.top_p
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error(f"temperature >= 0 and 0 < top-p <= 1 are needed, not {args.temperature} and {args.top_p}")
+    if not 0 < args.deadline <= LONGEST_DEADLINE:
+        parser.error(f"--deadline is above 0 and at most {LONGEST_DEADLINE} [s], not {args.deadline:g}")
+    if not 0 < args.gpu_memory_utilization <= 1 or not 0 < args.cpu_kv_cache_gb < math.inf:
+        parser.error(
+            "0 < gpu-memory-utilization <= 1 and cpu-kv-cache-gb > 0 are needed, "
+            f"not {args.gpu_memory_utilization:g} and {args.cpu_kv_cache_gb:g}"
+        )
     return args
 
 
@@ -196,7 +207,17 @@ def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argpa
     """The job with the settings that its samples depend on: all of the file's prompts, not only the first N."""
     template = prompt_template(args.template)
     options = {"template": template, "system": args.system, "chat": not args.no_chat}
-    prompts = [render(problem, tokenizer=model.tokenizer, **options) for problem in problems]
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(render(problem, tokenizer=model.tokenizer, **options))
+        except (TemplateError, TypeError) as error:  # what a template raises itself, as for a system message, and slips
+            raise EvaluationError(
+                f"the chat template of {model.path} fails on problem {problem.id!r} of {name} "
+                f"({' '.join(str(error).split())}); "
+                + ("leave out --system, which some refuse, or " if args.system is not None else "mend it, or ")
+                + "pass --no-chat"
+            ) from error
     ids = [problem.id for problem in problems]
     settings = {
         "benchmark": name,
@@ -222,9 +243,12 @@ def evaluate_model(
     sha256 = model.sha256()
     jobs = [make_job(name, chosen, model, args, sha256=sha256) for name, chosen in problems.items()]
     prompts = [Prompt(p, text) for job in jobs for p, text in zip(job.problems, job.prompts, strict=True)]
-    longest = check_prompt_lengths(
-        prompts, tokenizer=model.tokenizer, context=model.context, max_new_tokens=args.max_tokens
-    )
+    longest = check_prompt_lengths(prompts, tokenizer=model.tokenizer, context=model.context - 1, max_new_tokens=0)
+    if longest + args.max_tokens > model.context:
+        raise EvaluationError(
+            f"the longest prompt of {longest} tokens and --max-tokens {args.max_tokens} exceed the context of "
+            f"{model.context} of {model.label}; pass --max-tokens {model.context - longest} or less"
+        )
     results = []
     with ExitStack() as stack:
         pool = stack.enter_context(

@@ -138,6 +138,14 @@ class Folder:
     def file(self, name: str) -> Path:
         return self.path / f"{name}.jsonl"
 
+    def require_own(self, name: str) -> None:
+        """Raise PrepareError where writing the set would replace a file that was not prepared here."""
+        if name not in self.entries and self.file(name).exists():
+            raise PrepareError(
+                f"{self.file(name)}: is there and not in {self.manifest.name}, so it was not prepared here and would "
+                "be lost; move it away, or take another --output"
+            )
+
     def add(self, name: str, problems: list[Problem], *, origin: str) -> Entry:
         """Write a set: a training set without duplicates, a test set whole."""
         kind, unique = SOURCES[name].kind, deduplicate(problems)
@@ -234,10 +242,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.verify()
             print(f"{args.output}: {len(folder.entries)} files are as prepared")
             return 0
-        for name in map(canonical, args.sets):
+        against = {path.stem: load_jsonl(path) for path in args.against}
+        # all is read before anything is written: a file and its checksum in the manifest change together
+        loaded = {name: load_problems(name, args.file) for name in map(canonical, args.sets)}
+        for name in loaded:
+            folder.require_own(name)
+        for name, problems in loaded.items():
             origin = args.file.name if args.file else f"{SOURCES[name].hub} {SOURCES[name].split}"
-            folder.add(name, load_problems(name, args.file), origin=origin)
-        folder.check_overlap(against={path.stem: load_jsonl(path) for path in args.against}, remove=args.remove_overlap)
+            folder.add(name, problems, origin=origin)
+        folder.check_overlap(against=against, remove=args.remove_overlap)
         folder.save()
     except (PrepareError, TaskError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)

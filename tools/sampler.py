@@ -38,7 +38,10 @@ class ModelFolder:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{path}: cannot be read as a Hugging Face folder: {error}") from error
-        self.context: int = config.max_position_embeddings
+        context = getattr(config, "max_position_embeddings", None)
+        if not isinstance(context, int):
+            raise EvaluationError(f"{path}: its config.json has no max_position_embeddings, the context; add it")
+        self.context: int = context
         self._weights = weights
 
     @property

@@ -248,6 +248,18 @@ def test_long_runs_and_responses_are_cut(tmp_path):
     assert "[... 3000 characters left out ...]" in data["samples"][1][0]["response"]
 
 
+def test_a_number_that_is_none_is_shown_by_its_name(tmp_path):
+    run = full_run(tmp_path / "run")
+    nan, row = float("nan"), {"id": "p", "response": "r", "reward": float("nan"), "more": [{"x": float("inf")}, 1.0]}
+    write(run / "samples" / "step_000002.jsonl", [row])
+    write(run / "evaluation.jsonl", [{"step": 2, "heldout_accuracy": nan}])
+    write(run / "events.jsonl", [{"step": 1, "cause": "nan", "evidence": {"loss": nan}}])
+    assert plot_run.main([str(run), "--output", str(tmp_path / "x.html")]) == 0
+    (data,) = json.loads(Reader((tmp_path / "x.html").read_text()).data)["runs"]
+    assert data["samples"]["2"] == [row | {"reward": "nan", "more": [{"x": "inf"}, 1.0]}]
+    assert data["events"][0]["details"] == "loss = nan"
+
+
 def test_event_without_cause_is_named(tmp_path, capsys):
     run = full_run(tmp_path / "run")
     write(run / "events.jsonl", [{"step": 1}])

@@ -176,6 +176,24 @@ def test_against_other_tests(tmp_path, capsys):
     assert "overlap: 1 with mine" in capsys.readouterr().out
 
 
+def test_a_file_that_was_not_prepared_here_stays(tmp_path, capsys):
+    mine = write(tmp_path / "dapo17k.jsonl", [row("a", "Find y."), row("b", "Find Y.")])
+    before = mine.read_bytes()
+    assert main(["dapo17k", "--from", str(mine), "--output", str(tmp_path)]) == 2
+    assert "dapo17k.jsonl: is there and not in manifest.json" in capsys.readouterr().err
+    assert mine.read_bytes() == before and not (tmp_path / "manifest.json").exists()
+
+
+def test_one_bad_set_leaves_the_folder_as_it_was(monkeypatch, tmp_path, capsys):
+    rows = {"aime24": [("r", {"problem": "p", "answer": "1"})], "amc": [("r", {"problem": "p"})]}
+    monkeypatch.setattr(prepare_data, "hub_rows", lambda name, _: rows[name])
+    assert main(["aime24", "--output", str(tmp_path)]) == 0
+    rows["aime24"] = [("r", {"problem": "other", "answer": "1"})]
+    assert main(["aime24", "amc", "--output", str(tmp_path)]) == 2
+    assert main(["aime24", "--against", str(tmp_path / "gone"), "--output", str(tmp_path)]) == 2
+    assert main(["--verify", "--output", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
