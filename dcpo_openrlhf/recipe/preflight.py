@@ -180,10 +180,10 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
         seen = hf.get("model_type") if isinstance(hf, dict) else hf
         yield f"model_type = {seen!r} in {config} {families.why_not(seen)}"
         return
-    if experts := families.FAMILIES[hf["model_type"]].experts:
-        hf[experts] = families.expert_count(hf) or None
-    sizes = model_config.SIZES + ((experts, "moe_intermediate_size") if experts else ())
-    missing = [name for name in sizes if not isinstance(hf.get(name), int)]
+    family = families.family_of(hf)
+    if family.experts:
+        hf[family.experts] = families.expert_count(hf) or None
+    missing = [name for name in (*model_config.SIZES, *families.counts(family)) if not isinstance(hf.get(name), int)]
     if missing:
         yield f"{config} has no {', '.join(missing)}; complete it from the model's source"
         return

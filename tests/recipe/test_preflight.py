@@ -138,6 +138,7 @@ def test_model_config_without_sizes(violations: Check, model_with: Callable[...,
         ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' in .* is not implemented, only 'silu'; use another model"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True in .* is not implemented, only False"),
+        ({"model_type": "gpt_oss"}, "model_type = 'gpt_oss' in .* is not supported: its experts .*; use one of llama"),
         ({"model_type": "mistral"}, "sliding_window = 4096 in .* is not implemented, only None"),
         ({"mlp_bias": True}, "mlp_bias = True in .* is not implemented, only False"),
         ({"use_sliding_window": True}, "use_sliding_window = True in .* is not implemented, only False"),
@@ -246,7 +247,7 @@ def test_dense_model_has_no_experts_to_share(violations: Check) -> None:
 
 def test_experts_without_sizes(violations: Check, model_with: Callable[..., Path]) -> None:
     line = only(violations({"model.path": model_with(model_type="qwen3_moe")}))
-    assert "has no num_experts, moe_intermediate_size; complete it" in line
+    assert "has no num_experts, num_experts_per_tok, moe_intermediate_size; complete it" in line
 
 
 def test_not_enough_logical_devices(violations: Check) -> None:

@@ -66,7 +66,7 @@ def _come_back(
                 continue
             policy = make_policy(path, rank=rank, world_size=world_size, **MESHES[mesh][1])
             tensors = list(hf_tensors(policy))
-            declared = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+            declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
             differences = [] if list(hf_shapes(policy)) == declared else ["hf_shapes declares others"]
             expected = load_file(path / "model.safetensors")
             if len(tensors) != len(expected) or {name for name, _ in tensors} != set(expected):
