@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from dcpo_openrlhf.reward.extract import EXTRACTORS
 from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
-from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
+from dcpo_openrlhf.rollout.chat import render, stop_tokens
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
 from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile
 from tools.scores import CONTESTS, Result, estimate, paper_backbones, pass_at_k, table
@@ -195,6 +196,7 @@ def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace)
         **settings,
     )
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    stops = stop_tokens(tokenizer, chat=not args.no_chat, stop=args.stop)  # as in training
 
     def add(number: int, request: Request) -> None:
         ids = tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
@@ -203,6 +205,7 @@ def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace)
             top_p=args.top_p,
             max_tokens=args.max_tokens,
             seed=request.seed,
+            stop_token_ids=stops,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         engine.add_request(str(number), llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=ids)])[0], params)
@@ -254,6 +257,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--template", default="boxed_think", help="a name of tasks.TEMPLATES or a text with {problem}")
     add("--system", help="system message; default: the chat template's own")
     add("--no-chat", action="store_true", help="send the template as it is, for models without a chat template")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token that ends a response, beside EOS and the chat template's end of turn; may be repeated",
+    )
     add("--extractor", choices=EXTRACTORS, default="boxed", help="default: %(default)s")
     add("--deadline", type=float, default=10.0, help="of one symbolic comparison [s]; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s")
@@ -314,6 +324,7 @@ def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argpa
         "template": template.text,
         "system": args.system,
         "chat": not args.no_chat,
+        "stop_token_ids": stop_tokens(model.tokenizer, chat=not args.no_chat, stop=args.stop),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,

@@ -103,7 +103,8 @@ def _names(folder: Path, held: set[str], hf: Any) -> Iterator[str]:
     if unread := sorted(name for name in held - needed - needless if not NEEDLESS.fullmatch(name)):
         yield (
             f"{folder} holds {_list(unread)}, which nothing would read for its config.json: the policy would be "
-            "another model than its weights; use the model's own config.json, or an unquantised model of a known architecture"
+            "another model than its weights; use the model's own config.json, or an unquantised model of a known "
+            "architecture"
         )
 
 

@@ -179,27 +179,6 @@ def prompt_template(name_or_text: str) -> PromptTemplate:
     return TEMPLATES.get(name_or_text) or PromptTemplate(name_or_text)
 
 
-def render(
-    problem: Problem, *, tokenizer: Any, template: PromptTemplate, system: str | None = None, chat: bool = True
-) -> str:
-    """The prompt text: the filled template, as one user turn of the tokenizer's chat template unless `chat` is False.
-
-    With `system` None the chat template's own default applies. The text holds every special token that it needs:
-    tokenize it with add_special_tokens=False. Raises TaskError where a chat template is needed and there is none.
-    """
-    user = template.fill(problem.problem)
-    if not chat:
-        if system is not None:
-            raise TaskError(f"a system message needs a chat template: remove it or set chat to true; it is {system!r}")
-        return user
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "?")
-        raise TaskError(f"the tokenizer of {name} has no chat template; set chat to false or use a chat model")
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": user})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: int, max_new_tokens: int) -> int:
     """The longest prompt [tokens], once length + max_new_tokens <= context holds for every prompt.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dcpo_openrlhf.rollout.chat import render
 from dcpo_openrlhf.rollout.tasks import (
     Problem,
     Prompt,
@@ -18,7 +19,6 @@ from dcpo_openrlhf.rollout.tasks import (
     check_prompt_lengths,
     load_jsonl,
     prompt_template,
-    render,
 )
 from tests.tiny import make_tokenizer
 
