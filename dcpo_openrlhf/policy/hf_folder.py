@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -15,10 +15,16 @@ _INDEX = "model.safetensors.index.json"
 
 
 def write_hf_folder(
-    tensors: Iterable[tuple[str, Tensor]], *, source: Path, output: Path, shard_bytes: int = SHARD_BYTES
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path,
+    output: Path,
+    shard_bytes: int = SHARD_BYTES,
+    stop_token_ids: Sequence[int] = (),
 ) -> Path:
     """`output`: tensors in safetensors files of at most `shard_bytes`; config, tokenizer and the like from `source`.
 
+    stop_token_ids ended the responses of training: generation_config.json names them beside its own, for others too.
     Written aside and renamed when whole; an existing `output` is replaced only then. One shard is in memory at a time.
     """
     aside = output.with_name(f".{output.name}.partial")
@@ -28,6 +34,7 @@ def write_hf_folder(
         for file in source.glob(pattern):
             if not file.name.endswith(".index.json"):  # indexes name weight files that are not copied
                 shutil.copy2(file, aside / file.name)
+    _add_stops(aside / "generation_config.json", stop_token_ids)
     _write_weights(tensors, aside, shard_bytes)
     replaced = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -36,6 +43,15 @@ def write_hf_folder(
     aside.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
     return output
+
+
+def _add_stops(file: Path, stop_token_ids: Sequence[int]) -> None:
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    own = config.get("eos_token_id")
+    own = own if isinstance(own, list) else [own] if own is not None else []
+    ends = list(dict.fromkeys([*own, *stop_token_ids]))
+    if ends != own:
+        file.write_text(json.dumps(config | {"eos_token_id": ends[0] if len(ends) == 1 else ends}, indent=2) + "\n")
 
 
 def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
