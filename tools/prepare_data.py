@@ -197,6 +197,11 @@ def _first(row: Row, columns: Sequence[str], place: str, *, allow_any: bool = Fa
     for column in columns:
         if column in row and (allow_any or isinstance(row[column], str)):
             return row[column]
+    if other := [column for column in columns if column in row]:
+        seen = f"{other[0]} is {row[other[0]]!r:.80} ({type(row[other[0]]).__name__})"
+        raise PrepareError(
+            f"{place}: {seen}; it must be text, such as the content of the user's turn alone: convert it"
+        )
     raise PrepareError(f"{place}: none of the columns {', '.join(columns)} holds it; the columns are {', '.join(row)}")
 
 

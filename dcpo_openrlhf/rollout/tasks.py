@@ -80,6 +80,8 @@ def _arithmetic_problem(a: int, op: str, b: int, *, level: int) -> Problem:
 # --- local files -----------------------------------------------------------------------------------------------------
 
 JSONL_KEYS = ("id", "problem", "answer", "source")
+OTHER_NAMES = ("prompt", "question", "messages")
+"""What published sets call the problem."""
 
 
 def load_jsonl(path: str | Path) -> list[Problem]:
@@ -119,7 +121,9 @@ def _parse_line(line: bytes, *, where: str) -> Problem:
         raise TaskError(f"{where}: {type(record).__name__} instead of an object; {expected}")
     missing = [key for key in JSONL_KEYS if key not in record]
     if missing:
-        raise TaskError(f"{where}: missing {', '.join(missing)}; the keys are {', '.join(record)}; {expected}")
+        other = [name for name in OTHER_NAMES if "problem" in missing and name in record]
+        hint = f" ({other[0]} may be it: python -m tools.prepare_data writes such a file in this form)" if other else ""
+        raise TaskError(f"{where}: missing {', '.join(missing)}; the keys are {', '.join(record)}{hint}; {expected}")
     for key in JSONL_KEYS:
         if not isinstance(record[key], str):
             raise TaskError(f"{where}: {key} is {record[key]!r} ({type(record[key]).__name__}); write it as a string")

@@ -197,6 +197,12 @@ def test_bad_input_is_named(tmp_path, capsys, file, content, message):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_problem_in_another_form_is_shown():
+    rows = [("f, row 1", {"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"})]
+    with pytest.raises(prepare_data.PrepareError, match=r"f, row 1: prompt is \[\{'role'.* \(list\); it must be text"):
+        normalise("mine", rows, origin="f")
+
+
 def test_unknown_set(capsys):
     assert main(["aime1999"]) == 2
     assert "no set is named 'aime1999'; the sets are dapo17k" in capsys.readouterr().err
