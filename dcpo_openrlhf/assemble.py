@@ -10,6 +10,7 @@ from dcpo_openrlhf.monitor.sinks import MetricsLog
 from dcpo_openrlhf.monitor.trends import Monitor
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
+from dcpo_openrlhf.rollout.chat import stop_tokens
 from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
 from dcpo_openrlhf.rollout.replay import Recorder, Replay
 
@@ -20,7 +21,14 @@ def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreT
     if recipe.rollout.replay is not None:
         return Replay(recipe.rollout.replay)
     generator = DCPOSamplesGenerator(
-        strategy, None, None, tokenizer, engines, seed=recipe.run.seed, timeout_s=recipe.rollout.timeout
+        strategy,
+        None,
+        None,
+        tokenizer,
+        engines,
+        seed=recipe.run.seed,
+        timeout_s=recipe.rollout.timeout,
+        stop_token_ids=stop_tokens(tokenizer, chat=recipe.task.chat, stop=recipe.rollout.stop),
     )
     return Recorder(generator, recipe.run.dir / "samples") if recipe.rollout.record else generator
 

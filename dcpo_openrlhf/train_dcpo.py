@@ -5,6 +5,7 @@ python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-
 
 import argparse
 import contextlib
+import datetime
 import importlib
 import logging
 import os
@@ -24,7 +25,7 @@ from dcpo_openrlhf.recipe import preflight, resume
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from dcpo_openrlhf.reward.compare import check_answers
-from dcpo_openrlhf.rollout import tasks
+from dcpo_openrlhf.rollout import chat, tasks
 from dcpo_openrlhf.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     log_to(sys.stdout)
     try:
-        recipe = resume.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
+        recipe = resume.keep_chosen(load_recipe(arguments.recipe, arguments.overrides))
         if not arguments.dry_run and resume.finished(recipe):
             logger.info("the run in %s is finished, report and all: nothing is left to do", recipe.run.dir)
             return 0
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
             if not lacking:
-                _prompts(recipe, _tokenizer(recipe))  # the data's errors too, where data and model are here
+                tokenizer = _tokenizer(recipe)
+                recipe = _dated(recipe, tokenizer)
+                _prompts(recipe, tokenizer)  # the data's errors too, where data and model are here
             print(resolved_yaml(recipe) + preflight.plan(recipe, lacking))
             return 0
         for hint in preflight.hints(recipe):
@@ -94,6 +97,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     on the way out. SIGINT and SIGTERM raise Interrupted inside; signal_bound as in signals.raising.
     """
     tokenizer = _tokenizer(recipe)
+    recipe = _dated(recipe, tokenizer)
     prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
     point = resume.resume_point(recipe)
     if point is not None:
@@ -217,15 +221,32 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
     _check_answers(recipe.reward.extractor, train, t.train)
     _check_answers(recipe.reward.extractor, heldout, t.heldout)
     template = tasks.prompt_template(t.template)
+    how: Any = {"system": t.system, "chat": t.chat, "variables": t.chat_template_kwargs, "date": t.date}
+    chat.check_variables(tokenizer, t.chat_template_kwargs)
+    chat.stop_tokens(tokenizer, chat=t.chat, stop=recipe.rollout.stop)  # for its errors
 
     def texts(problems: Sequence[tasks.Problem]) -> list[str]:
-        return [tasks.render(p, tokenizer=tokenizer, template=template, system=t.system, chat=t.chat) for p in problems]
+        return [chat.render(p, tokenizer=tokenizer, template=template, **how) for p in problems]
 
     train_texts, r = texts(train), recipe.rollout
     heldout_prompts = [tasks.Prompt(p, text) for p, text in zip(heldout, texts(heldout), strict=True)]
     everything = [tasks.Prompt(p, text) for p, text in zip(train, train_texts, strict=True)] + heldout_prompts
     tasks.check_prompt_lengths(everything, tokenizer=tokenizer, context=r.context, max_new_tokens=r.max_new_tokens)
     return tasks.PromptStream(train, prompts=train_texts, seed=recipe.run.seed), heldout_prompts
+
+
+def _dated(recipe: Recipe, tokenizer: Any) -> Recipe:
+    """The recipe with today as task.date where that is open and the chat template writes the date."""
+    t = recipe.task
+    if not t.chat or t.date is not None:
+        return recipe
+    if not chat.asks_for_date(tokenizer, system=t.system, variables=t.chat_template_kwargs):
+        return recipe
+    return recipe.with_chosen("task.date", _today())
+
+
+def _today() -> datetime.date:
+    return datetime.date.today()
 
 
 def _check_answers(extractor: str, problems: Sequence[tasks.Problem], file: Path | None) -> None:

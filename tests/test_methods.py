@@ -15,7 +15,7 @@ from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import GraderPool
-from dcpo_openrlhf.rollout import tasks
+from dcpo_openrlhf.rollout import chat, tasks
 from dcpo_openrlhf.trainer import DCPOTrainer
 from tests.tiny import make_biased_model
 
@@ -59,7 +59,7 @@ def prompt_stream(recipe: Recipe, tokenizer: Any) -> tasks.PromptStream:
     """Problems whose answer is the model's favourite, so that groups hold right and wrong answers."""
     problems = [tasks.Problem(f"sum-{n}", f"What is {n} + {7 - n}?", "7", "test") for n in range(8)]
     template = tasks.prompt_template(recipe.task.template)
-    texts = [tasks.render(p, tokenizer=tokenizer, template=template) for p in problems]
+    texts = [chat.render(p, tokenizer=tokenizer, template=template) for p in problems]
     return tasks.PromptStream(problems, prompts=texts, seed=1)
 
 

@@ -1,8 +1,10 @@
 """The entry: a dry run starts nothing, and bad input ends in one clear error before anything is started or written."""
 
 import contextlib
+import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +174,26 @@ def test_prompt_longer_than_its_room(main: Main, tmp_path: Path) -> None:
 def test_other_data_errors(main: Main, tmp_path: Path) -> None:
     assert "no prompt template 'nope'; take one of" in error_of(main("task.template=nope"), tmp_path)
     assert "arithmetic level must be one of" in error_of(main("task.level=99"), tmp_path)
+
+
+def test_the_day_of_the_first_start_stands_in_the_recipe(
+    main: Main, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_dcpo, "_today", lambda: datetime.date(2024, 7, 26))
+    assert yaml.safe_load(main("--dry-run")[1])["task"]["date"] is None, "whose template does not ask"
+    folder = tmp_path / "dated"
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}")
+    model = f"model.path={folder}"
+    assert yaml.safe_load(main("--dry-run", model)[1])["task"]["date"] == "2024-07-26"
+    assert yaml.safe_load(main("--dry-run", model, "task.date=1999-01-02")[1])["task"]["date"] == "1999-01-02"
+    assert yaml.safe_load(main("--dry-run", model, "task.chat=false")[1])["task"]["date"] is None
+
+
+def test_what_the_chat_template_does_not_take(main: Main, tmp_path: Path) -> None:
+    err = error_of(main("task.chat_template_kwargs={enable_thinking: false}"), tmp_path)
+    assert "sets enable_thinking, which the tokenizer's chat template does not read" in err
+    assert "rollout.stop: 'end of it' is" in error_of(main("rollout.stop=[end of it]"), tmp_path)
 
 
 def test_tokenizer_that_is_missing_or_never_ends(main: Main, tiny: Path, tmp_path: Path) -> None:

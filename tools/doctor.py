@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     log_to(sys.stderr)
     try:
-        recipe = resume.keep_dtype(load_recipe(arguments.recipe, arguments.overrides))
+        recipe = resume.keep_chosen(load_recipe(arguments.recipe, arguments.overrides))
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

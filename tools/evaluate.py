@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from dcpo_openrlhf.reward.extract import EXTRACTORS
 from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
-from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template, render
+from dcpo_openrlhf.rollout.chat import render, stop_tokens
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
 from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile
 from tools.sampler import Generate, Generator, ModelFolder, vllm_generator
@@ -149,6 +150,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--template", default="boxed_think", help="a name of tasks.TEMPLATES or a text with {problem}")
     add("--system", help="system message; default: the chat template's own")
     add("--no-chat", action="store_true", help="send the template as it is, for models without a chat template")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token that ends a response, beside EOS and the chat template's end of turn; may be repeated",
+    )
     add("--extractor", choices=EXTRACTORS, default="boxed", help="default: %(default)s")
     add("--deadline", type=float, default=10.0, help="of one symbolic comparison [s]; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s")
@@ -226,6 +234,7 @@ def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argpa
         "template": template.text,
         "system": args.system,
         "chat": not args.no_chat,
+        "stop_token_ids": stop_tokens(model.tokenizer, chat=not args.no_chat, stop=args.stop),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_tokens": args.max_tokens,

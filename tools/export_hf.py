@@ -29,6 +29,7 @@ from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.policy.deepspeed import CHECKPOINT_FOLDER
 from dcpo_openrlhf.policy.hf_folder import strangers, write_hf_folder
 from dcpo_openrlhf.policy.megatron import names
+from dcpo_openrlhf.rollout.chat import stop_tokens
 
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.experts."
 
@@ -194,7 +195,22 @@ def export(folder: Path, output: Path, *, model: Path | None = None, shard_gb: f
         tensors = deepspeed_tensors(folder, hf, dtype)
     else:
         tensors = hf_tensors(folder, hf)
-    return write_hf_folder(tensors, source=model, output=output, shard_bytes=int(shard_gb * 2**30))
+    stops = _stop_tokens(folder, model)
+    return write_hf_folder(
+        tensors, source=model, output=output, shard_bytes=int(shard_gb * 2**30), stop_token_ids=stops
+    )
+
+
+def _stop_tokens(folder: Path, model: Path) -> list[int]:
+    """Tokens that ended the responses of the run; none for a checkpoint that no run saved."""
+    from transformers import AutoTokenizer
+
+    recipe = json.loads((folder / checkpoint.STATE).read_text()).get("recipe", {})
+    if "task" not in recipe:
+        return []
+    trusted = recipe["model"].get("trust_remote_code", False)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusted)
+    return stop_tokens(tokenizer, chat=recipe["task"]["chat"], stop=recipe["rollout"].get("stop", []))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from dcpo_openrlhf.rollout.chat import stop_tokens
 from tools.sample_file import EvaluationError, Request, Sample
 
 Generate = Callable[[Sequence[Request]], Iterator[Sample]]
@@ -90,6 +91,7 @@ def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace)
         **settings,
     )
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    stops = stop_tokens(tokenizer, chat=not args.no_chat, stop=args.stop)  # as in training
 
     def add(number: int, request: Request) -> None:
         ids = tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
@@ -98,6 +100,7 @@ def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace)
             top_p=args.top_p,
             max_tokens=args.max_tokens,
             seed=request.seed,
+            stop_token_ids=stops,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         engine.add_request(str(number), llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=ids)])[0], params)

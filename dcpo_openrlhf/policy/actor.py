@@ -146,11 +146,19 @@ class PolicyActor(BaseModelActor):
 
     def save_model(self, output: str) -> str:
         """Write the policy as a Hugging Face folder (rank 0 writes, the others help to gather)."""
+        from transformers import AutoTokenizer
+
         from dcpo_openrlhf.policy.hf_folder import write_hf_folder
+        from dcpo_openrlhf.rollout.chat import stop_tokens
 
         tensors = self._tensors()
         if self._rank == 0:
-            write_hf_folder(tensors, source=self.strategy.recipe.model.path, output=Path(output))
+            recipe: Recipe = self.strategy.recipe
+            tokenizer = AutoTokenizer.from_pretrained(
+                recipe.model.path, trust_remote_code=recipe.model.trust_remote_code
+            )
+            stops = stop_tokens(tokenizer, chat=recipe.task.chat, stop=recipe.rollout.stop)
+            write_hf_folder(tensors, source=recipe.model.path, output=Path(output), stop_token_ids=stops)
         else:
             for _ in tensors:
                 pass

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,16 @@ def strangers(folder: Path) -> list[str]:
 
 
 def write_hf_folder(
-    tensors: Iterable[tuple[str, Tensor]], *, source: Path, output: Path, shard_bytes: int = SHARD_BYTES
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: Path,
+    output: Path,
+    shard_bytes: int = SHARD_BYTES,
+    stop_token_ids: Sequence[int] = (),
 ) -> Path:
     """`output`: tensors in safetensors files of at most `shard_bytes`; config, tokenizer and the like from `source`.
 
+    stop_token_ids ended the responses of training: generation_config.json names them beside its own, for others too.
     Written aside and renamed when whole. Only then an earlier export under this name is replaced; anything else there,
     and a `source` that lies in it, is kept as NAME.old-N. One shard is in memory at a time.
     """
@@ -43,6 +49,7 @@ def write_hf_folder(
         for file in source.glob(pattern):
             if not file.name.endswith(".index.json"):  # indexes name weight files that are not copied
                 shutil.copy2(file, aside / file.name)
+    _add_stops(aside / "generation_config.json", stop_token_ids)
     _tell_dtype(_write_weights(tensors, aside, shard_bytes), aside / _CONFIG)
     (aside / _MARKER).write_text("".join(f"{name}\n" for name in sorted(file.name for file in aside.iterdir())))
     replaced = output.with_name(f".{output.name}.replaced")
@@ -53,6 +60,15 @@ def write_hf_folder(
     aside.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
     return output
+
+
+def _add_stops(file: Path, stop_token_ids: Sequence[int]) -> None:
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    own = config.get("eos_token_id")
+    own = own if isinstance(own, list) else [own] if own is not None else []
+    ends = list(dict.fromkeys([*own, *stop_token_ids]))
+    if ends != own:
+        file.write_text(json.dumps(config | {"eos_token_id": ends[0] if len(ends) == 1 else ends}, indent=2) + "\n")
 
 
 def _unused(output: Path) -> Path:

@@ -3,6 +3,8 @@
 What a resumed run takes back lies in <run folder>/cut/NNN/.
 """
 
+import contextlib
+import datetime
 import json
 import logging
 import re
@@ -10,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic_core import to_jsonable_python
 
 from dcpo_openrlhf.checkpoint import STATE, STEP_NAME, Checkpoint, damage, newest_whole
@@ -94,15 +97,31 @@ def finished(recipe: Recipe) -> bool:
     return point is not None and point.step == recipe.train.steps and (recipe.run.dir / REPORT).is_file()
 
 
-def keep_dtype(recipe: Recipe) -> Recipe:
-    """The recipe with the checkpoint's model.dtype where it resumes one and left the choice to the machine (auto)."""
-    if not recipe.chose_dtype or recipe.checkpoint.resume == "never":
-        return recipe
-    try:
-        found = _found(recipe, quick=True)
-    except RecipeError:  # told by the preflight
-        return recipe
-    return recipe if found is None else recipe.with_dtype(found.state()["recipe"]["model"]["dtype"])
+def keep_chosen(recipe: Recipe) -> Recipe:
+    """The recipe with the model.dtype and task.date of the checkpoint that it resumes, where it leaves them open.
+
+    A replay keeps the date of the run that recorded it: its prompts were written on that day.
+    """
+    saved: dict[str, Any] = {}
+    if recipe.checkpoint.resume != "never":
+        with contextlib.suppress(RecipeError):  # told by the preflight
+            found = _found(recipe, quick=True)
+            saved = found.state()["recipe"] if found is not None else {}
+    if recipe.chose("model.dtype") and saved:
+        recipe = recipe.with_chosen("model.dtype", saved["model"]["dtype"])
+    day = (saved or _recorded(recipe)).get("task", {}).get("date")
+    if recipe.task.date is None and day is not None:
+        recipe = recipe.with_chosen("task.date", datetime.date.fromisoformat(str(day)))
+    return recipe
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """The recipe.yaml of the run whose responses are replayed; nothing where it is not there."""
+    folder = recipe.rollout.replay
+    for file in () if folder is None else (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            return yaml.safe_load(file.read_text()) or {}
+    return {}
 
 
 def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:

@@ -1,6 +1,7 @@
 """The recipe: every setting of a run, its type, its default and its rule. Nothing else in the package has defaults."""
 
 import contextlib
+import datetime
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,6 +84,11 @@ class Task(Section):
     system: str | None = None
     chat: bool = True
     """Wrap the prompt with the tokenizer's chat template as one user turn."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables of the chat template, for example {enable_thinking: false} (Qwen3)."""
+    date: datetime.date | None = None
+    """The day that a chat template may write as today (YYYY-MM-DD). None: that of the run's first start, which resumes
+    and replays keep; it is looked for only where the template asks."""
 
 
 class Reward(Section):
@@ -215,6 +221,8 @@ class Rollout(Section):
     """1 to train: what is drawn at another T is not drawn from pi_old. Any for train.rollout_only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1 the sampler is no longer pi_old and E[rho] != 1."""
+    stop: list[str] = []
+    """Texts, each one token, that end a response, beside EOS and the end of turn of the chat template."""
     dtype: Literal["bfloat16", "float32", "auto"] = "auto"
     """Engine weights; auto follows model.dtype."""
     gpu_memory_utilization: Fraction = 0.85
@@ -381,21 +389,22 @@ class Recipe(Section):
     def updates_per_step(self) -> int:
         return self.train.prompts_per_step // self.train.prompts_per_update
 
-    @property
-    def chose_dtype(self) -> bool:
-        """model.dtype was left to this machine, so that another one may have chosen otherwise."""
-        return "dtype" not in self.model.model_fields_set
+    def chose(self, key: str) -> bool:
+        """The value of "section.key" was left to this machine or day, so that another one may choose otherwise."""
+        section, name = key.split(".")
+        return name not in getattr(self, section).model_fields_set
 
-    def with_dtype(self, dtype: str) -> "Recipe":
-        """The recipe with what `model.dtype: auto` is to mean."""
-        model = self.model.model_copy(update={"dtype": dtype})
-        model.model_fields_set.discard("dtype")  # chosen, not given
-        return self.model_copy(update={"model": model})
+    def with_chosen(self, key: str, value: Any) -> "Recipe":
+        """The recipe with what `model.dtype: auto`, or `task.date: null`, is to mean."""
+        section, name = key.split(".")
+        chosen = getattr(self, section).model_copy(update={name: value})
+        chosen.model_fields_set.discard(name)  # chosen, not given
+        return self.model_copy(update={section: chosen})
 
     @model_validator(mode="after")
     def _resolve_dtype(self) -> "Recipe":
         if self.model.dtype == "auto":
-            resolved = self.with_dtype(native_dtype(self.run.device))
+            resolved = self.with_chosen("model.dtype", native_dtype(self.run.device))
             object.__setattr__(self, "model", resolved.model)  # frozen for everyone else
         return self
 

@@ -32,10 +32,13 @@ class DCPOSamplesGenerator(SamplesGenerator):
         *,
         seed: int = 0,
         timeout_s: float = 1800.0,
+        stop_token_ids: Sequence[int] | None = None,
     ) -> None:
+        """OpenRLHF's arguments; stop_token_ids end a response, None: the tokenizer's EOS alone."""
         super().__init__(strategy, prompts_dataloader, eval_dataloader, tokenizer, vllm_engines)
         self.seed = seed
         self.timeout_s = timeout_s
+        self.stop_token_ids = [tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
 
     def generate(
         self,
@@ -120,7 +123,7 @@ class DCPOSamplesGenerator(SamplesGenerator):
             top_p=top_p,
             top_k=top_k,
             logprobs=0,  # of the sampled token alone
-            stop_token_ids=[self.tokenizer.eos_token_id],
+            stop_token_ids=self.stop_token_ids,
             detokenize=False,
         )
 

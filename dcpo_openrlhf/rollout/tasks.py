@@ -80,6 +80,8 @@ def _arithmetic_problem(a: int, op: str, b: int, *, level: int) -> Problem:
 # --- local files -----------------------------------------------------------------------------------------------------
 
 JSONL_KEYS = ("id", "problem", "answer", "source")
+OTHER_NAMES = ("prompt", "question", "messages")
+"""What published sets call the problem."""
 
 
 def load_jsonl(path: str | Path) -> list[Problem]:
@@ -119,7 +121,9 @@ def _parse_line(line: bytes, *, where: str) -> Problem:
         raise TaskError(f"{where}: {type(record).__name__} instead of an object; {expected}")
     missing = [key for key in JSONL_KEYS if key not in record]
     if missing:
-        raise TaskError(f"{where}: missing {', '.join(missing)}; the keys are {', '.join(record)}; {expected}")
+        other = [name for name in OTHER_NAMES if "problem" in missing and name in record]
+        hint = f" ({other[0]} may be it: python -m tools.prepare_data writes such a file in this form)" if other else ""
+        raise TaskError(f"{where}: missing {', '.join(missing)}; the keys are {', '.join(record)}{hint}; {expected}")
     for key in JSONL_KEYS:
         if not isinstance(record[key], str):
             raise TaskError(f"{where}: {key} is {record[key]!r} ({type(record[key]).__name__}); write it as a string")
@@ -177,27 +181,6 @@ def prompt_template(name_or_text: str) -> PromptTemplate:
     if name_or_text not in TEMPLATES and SLOT not in name_or_text:
         raise TaskError(f"no prompt template {name_or_text!r}; take one of {sorted(TEMPLATES)} or a text with {SLOT}")
     return TEMPLATES.get(name_or_text) or PromptTemplate(name_or_text)
-
-
-def render(
-    problem: Problem, *, tokenizer: Any, template: PromptTemplate, system: str | None = None, chat: bool = True
-) -> str:
-    """The prompt text: the filled template, as one user turn of the tokenizer's chat template unless `chat` is False.
-
-    With `system` None the chat template's own default applies. The text holds every special token that it needs:
-    tokenize it with add_special_tokens=False. Raises TaskError where a chat template is needed and there is none.
-    """
-    user = template.fill(problem.problem)
-    if not chat:
-        if system is not None:
-            raise TaskError(f"a system message needs a chat template: remove it or set chat to true; it is {system!r}")
-        return user
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "?")
-        raise TaskError(f"the tokenizer of {name} has no chat template; set chat to false or use a chat model")
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": user})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: int, max_new_tokens: int) -> int:

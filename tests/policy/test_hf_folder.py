@@ -132,3 +132,19 @@ def test_interrupted_write_leaves_the_old_folder_untouched(
     write_hf_folder(tensors.items(), source=source, output=output)
     assert contents(output) == before, "what the interrupted write left behind is gone"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("own", "stops", "written"),
+    [(2, [2, 0], [2, 0]), ([2, 1], [2], [2, 1]), (None, [2], 2), (2, [], 2), ([5, 2], [0, 2], [5, 2, 0])],
+)
+def test_generation_ends_where_training_ended_it(
+    own: object, stops: list[int], written: object, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    config = {"do_sample": False} | ({"eos_token_id": own} if own is not None else {})
+    (source / "generation_config.json").write_text(json.dumps(config))
+    tensors = [("a", torch.ones(2))]
+    output = write_hf_folder(tensors, source=source, output=tmp_path / "out", stop_token_ids=stops)
+    assert json.loads((output / "generation_config.json").read_text()) == config | {"eos_token_id": written}

@@ -1,5 +1,6 @@
 """What model.dtype=auto means on each kind of processor, and where the choice goes."""
 
+import datetime
 import os
 import pickle
 import subprocess
@@ -56,7 +57,7 @@ def test_auto_is_what_the_processor_multiplies(
 ) -> None:
     native(units, torch_says, architecture)
     recipe = make_recipe(tmp_path)
-    assert (recipe.model.dtype, recipe.chose_dtype) == (dtype, True)
+    assert (recipe.model.dtype, recipe.chose("model.dtype")) == (dtype, True)
     assert recipe.engine_dtype == {"bf16": "bfloat16", "fp32": "float32"}[dtype]
     assert make_recipe(tmp_path, dtype="auto") == recipe
     assert make_recipe(tmp_path, device="cuda").model.dtype == "bf16"
@@ -70,7 +71,7 @@ def test_the_choice_stands_in_the_resolved_recipe_and_reaches_every_process(nati
     assert pickle.loads(pickle.dumps(recipe)).model.dtype == "fp32"
     (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
     again = load_recipe(tmp_path / "recipe.yaml")
-    assert again == recipe and not again.chose_dtype
+    assert again == recipe and not again.chose("model.dtype")
 
 
 def test_a_resume_keeps_the_checkpoints(native, tmp_path: Path) -> None:
@@ -81,15 +82,44 @@ def test_a_resume_keeps_the_checkpoints(native, tmp_path: Path) -> None:
         update={"checkpoint": make_recipe(tmp_path).checkpoint.model_copy(update={"resume": "auto"})}
     )
     assert resuming.model.dtype == "bf16"
-    kept = resume.keep_dtype(resuming)
+    kept = resume.keep_chosen(resuming)
     assert kept.model.dtype == "fp32"
     point = resume.resume_point(kept)
     assert point is not None and point.step == 3
     # what is given is not overruled, and another run's choice is refused
     given = resuming.model_copy(update={"model": make_recipe(tmp_path, dtype="bf16").model})
-    assert resume.keep_dtype(given) == given
+    assert resume.keep_chosen(given) == given
     with pytest.raises(ValueError, match=r"model.dtype: 'fp32' -> 'bf16'"):
         resume.resume_point(given)
+
+
+def test_a_resume_or_a_replay_keeps_the_date_of_the_first_start(tmp_path: Path) -> None:
+    first, other = datetime.date(2024, 7, 26), datetime.date(2024, 7, 27)
+    started = make_recipe(tmp_path, dtype="fp32").with_chosen("task.date", first)
+    save(make_folder(tmp_path), started, 3)
+    again = make_recipe(tmp_path, dtype="fp32")
+    resuming = again.model_copy(update={"checkpoint": again.checkpoint.model_copy(update={"resume": "auto"})})
+    kept = resume.keep_chosen(resuming)
+    assert kept.task.date == first and resume.resume_point(kept) is not None
+    assert resume.keep_chosen(again).task.date is None
+    given = resuming.with_chosen("task.date", other)
+    assert resume.keep_chosen(given) == given
+    with pytest.raises(ValueError, match=r"task.date: '2024-07-26' -> '2024-07-27'"):
+        resume.resume_point(given)
+    (tmp_path / "recorded" / "samples").mkdir(parents=True)
+    (tmp_path / "recorded" / "recipe.yaml").write_text(resolved_yaml(started))
+    for folder in ("recorded", "recorded/samples"):
+        replay = again.model_copy(update={"rollout": again.rollout.model_copy(update={"replay": tmp_path / folder})})
+        assert resume.keep_chosen(replay).task.date == first
+
+
+def test_a_checkpoint_from_before_the_newer_keys_is_continued(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, dtype="fp32")
+    saved = recipe.model_dump(mode="json")
+    for key in ("date", "chat_template_kwargs"):
+        del saved["task"][key]
+    del saved["rollout"]["stop"]
+    assert resume.differences(saved, recipe) == ([], [])
 
 
 def test_bf16_where_it_is_emulated_is_a_hint_with_its_price(native, tmp_path: Path, monkeypatch) -> None:

@@ -125,6 +125,21 @@ def test_openrlhf_entry_point_gives_the_same_rollouts(engine, folders):
     assert rows(experiences) == rows(generate(engine, folders[0]))
 
 
+def test_a_response_ends_at_every_stop_token(engine, folders):
+    gen = generator([engine], folders[0])
+    settings = {"step": 0, "n_samples": 3, "max_new_tokens": 16, "max_len": CONTEXT}
+
+    def responses():
+        found = gen.generate(prompts(folders[0]), LABELS, **settings)
+        return [(e.sequences[0, 1:][e.action_mask[0].bool()].tolist(), bool(e.truncated[0])) for e in found]
+
+    stop = next(t for tokens, _ in responses() for t in tokens[:8] if t not in gen.stop_token_ids)
+    gen.stop_token_ids.append(stop)
+    ended = responses()
+    assert all(stop not in tokens[:-1] for tokens, _ in ended)
+    assert [cut for tokens, cut in ended if tokens[-1] == stop].count(False) >= 1
+
+
 def test_rollouts_after_a_sync_come_from_the_new_weights_and_say_so(engine, folders):
     """The weight of the tied output layer has a packed copy, and all prompts are in the prefix cache."""
     assert_serves([engine], folders[0])

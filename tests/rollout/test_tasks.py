@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dcpo_openrlhf.rollout.chat import render
 from dcpo_openrlhf.rollout.tasks import (
     Problem,
     Prompt,
@@ -18,7 +19,6 @@ from dcpo_openrlhf.rollout.tasks import (
     check_prompt_lengths,
     load_jsonl,
     prompt_template,
-    render,
 )
 from tests.tiny import make_tokenizer
 
@@ -114,6 +114,10 @@ def test_load_jsonl_reads_problems(tmp_path):
         ("", "not JSON"),
         ("[1]", "list instead of an object"),
         ({"id": "b", "problem": "1+1?", "source": "test"}, "missing answer"),
+        (
+            {"id": "b", "prompt": [{"role": "user", "content": "1+1?"}], "answer": "2", "source": "test"},
+            r"missing problem; the keys are id, .* \(prompt may be it: python -m tools.prepare_data writes",
+        ),
         ({**GOOD, "id": "b", "answer": 2}, r"answer is 2 \(int\); write it as a string"),
         ({**GOOD, "id": "b", "problem": " "}, "problem is empty"),
         (GOOD, "id 'a' is already on line 1"),

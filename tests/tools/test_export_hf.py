@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dcpo_openrlhf import checkpoint
-from dcpo_openrlhf.recipe.resume import keep_dtype, resume_point
+from dcpo_openrlhf.recipe.resume import keep_chosen, resume_point
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_model
@@ -123,7 +123,7 @@ def belongs_to_no_run(imported: Path, model: Path) -> None:
                 "checkpoint": {"resume": name},
             }
         )
-        assert keep_dtype(recipe) == recipe
+        assert keep_chosen(recipe) == recipe
         with pytest.raises(RecipeError, match=r"belongs to no run \(no run.json\).*model.path=DIR"):
             resume_point(recipe)
 
