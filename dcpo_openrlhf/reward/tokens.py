@@ -74,8 +74,8 @@ def _run(run: str, space: bool) -> list[Token]:
     name = _NAMES.get(run, run)
     if name in FUNCTIONS or name in STANDING or name == "infty" or (name in GREEK and len(run) > 1):
         return [Token("cmd", name, space)]
-    if len(run) == 1:
-        return [Token("let", run, space)]
+    if len(set(run)) == 1:
+        return [Token("let", c, space and i == 0) for i, c in enumerate(run)]
     for function in ("sin", "cos", "tan", "ln", "log"):
         if run.startswith(function) and len(run) == len(function) + 1:
             return [Token("cmd", function, space), Token("let", run[-1])]
