@@ -250,6 +250,14 @@ def test_deepspeeds_files_belong_to_one_backend_stage_and_number_of_ranks(tmp_pa
     assert resume_point(same) is not None
 
 
+def test_experts_stay_shared_out_or_whole(tmp_path: Path) -> None:
+    one, two, four = (make_recipe(tmp_path, parallel={"expert": expert}) for expert in (1, 2, 4))
+    saved = two.model_dump(mode="json")
+    assert differences(saved, four) == ([], ["parallel.expert: 2 -> 4"])
+    assert differences(saved, one)[0] == ["parallel.expert: 2 -> 1"]
+    assert differences(one.model_dump(mode="json"), two)[0] == ["parallel.expert: 1 -> 2"]
+
+
 def test_a_checkpoint_from_before_a_key_ran_as_its_default_says(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     saved = recipe.model_dump(mode="json")

@@ -104,6 +104,16 @@ def test_another_mesh_continues_with_the_same_numbers(
             torch.testing.assert_close(other_weights[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_experts_continue_on_another_mesh_that_shares_them_out(tmp_path: Path) -> None:
+    folder, path = _folder(tmp_path), make_tiny_model(tmp_path / "model", architecture="qwen3_moe", kv_heads=4)
+    metrics, weights, *_ = run_distributed(_save, 2, path, folder, {"expert": 2}, "fp32")[0]
+    for found, tensors, _ in run_distributed(_load, 4, path, folder, {"expert": 4}, "fp32"):
+        for one, two in zip(metrics, found, strict=True):
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+        for name, value in weights.items():
+            torch.testing.assert_close(tensors[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def _save_where_nothing_can_be_written(rank: int, world_size: int, path: Path, folder: Path) -> str:
     step = make_step(make_policy(path, rank=rank, world_size=world_size))
     _update(step, BEFORE)
