@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcpo_openrlhf import methods, objectives
-from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe import families, preflight
 from dcpo_openrlhf.recipe.schema import Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -38,3 +38,13 @@ def test_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     a = 0.5 / (0.5**0.5 + 1e-6)
     torch.testing.assert_close(advantage[:, 0], torch.tensor([a + 0.5, -a, 0.0, 0.0]))
+
+
+def test_add_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are the table's."""
+    rows = {name: families.FAMILIES[name] for name in ("mistral", "olmoe")}
+    for name in rows:
+        monkeypatch.delitem(families.FAMILIES, name)
+    for block in code_blocks("add_a_model.md"):
+        exec(compile(block, "add_a_model.md", "exec"), {"Family": families.Family, "FAMILIES": families.FAMILIES})
+    assert {name: families.FAMILIES[name] for name in rows} == rows

@@ -230,9 +230,8 @@ class MegatronActorBase(PolicyActor):
 
     def scale_weights(self, factor: float) -> None:
         with torch.no_grad():
-            for chunk in self.step.policy.chunks:
-                for weight in chunk.parameters():
-                    weight.mul_(factor)
+            for _, weight in self.step.policy.entries():  # a router's correction bias is one and no parameter
+                weight.mul_(factor)
 
     @cached_property
     def checkpoint(self) -> "PolicyCheckpoint":

@@ -77,6 +77,15 @@ FAMILIES: dict[str, Family] = {
         experts="n_routed_experts",
         router="sigmoid",
     ),
+    "deepseek_v3": Family(
+        "Moonlight-16B-A3B",
+        # vLLM alone reads the last two, and takes something else where they are missing
+        only=_NO_BIAS | _SIGMOID | {"rope_interleave": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        absent={"n_group": 8, "topk_group": 4, "topk_method": None, "scoring_func": "softmax"},
+        qk_norm="latent",
+        experts="n_routed_experts",
+        router="sigmoid",
+    ),
 }
 
 LACKS: dict[str, str] = {
@@ -266,5 +275,5 @@ def _attention(s: Sizes) -> tuple[int, int]:
         return cut, whole + 2 * s.hidden
     widths = {"q": s.query, "k": s.key, "v": s.key}
     cut = s.hidden * (2 * s.query + 2 * s.key) + sum(width for name, width in widths.items() if name in s.bias)
-    cut += (s.query + s.key) * (s.qk_norm == "projection")
-    return cut, 2 * s.hidden + s.hidden * ("o" in s.bias) + 2 * s.head_dim * (s.qk_norm == "head")
+    norms = {"head": 2 * s.head_dim, "projection": s.query + s.key}.get(s.qk_norm, 0)
+    return cut, 2 * s.hidden + s.hidden * ("o" in s.bias) + norms

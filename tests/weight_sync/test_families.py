@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long  # an engine each: make test ARGS='-m long tests/w
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
-    with cluster():
+    with cluster(gpus=len(ARCHITECTURE_FIELDS)):  # an ended engine keeps its placement group
         yield
 
 

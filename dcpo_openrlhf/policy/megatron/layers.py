@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -135,13 +136,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class ProjectionNorm(torch.nn.Module):
-    """x / rms(x) * weight over all heads, of which this tensor rank holds its part, weight included."""
+    """x / rms(x) * weight over all heads, of which this tensor rank has its part, but the whole weight.
+
+    megatron-core sums the gradient of whatever is called q_layernorm or k_layernorm over the tensor ranks.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
         super().__init__()
         self.width, self.eps = heads * hidden_size, eps
-        own = self.width // config.tensor_model_parallel_size
-        self.weight = torch.nn.Parameter(torch.empty(own, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.empty(self.width, dtype=config.params_dtype))
 
     def forward(self, x: Float[Tensor, "... heads dim"]) -> Float[Tensor, "... heads dim"]:
         flat = x.flatten(-2).float()
@@ -150,7 +153,8 @@ class ProjectionNorm(torch.nn.Module):
             reduce_from_tensor_model_parallel_region(flat.square().sum(-1, keepdim=True))
         )
         scaled = flat * (square / self.width + self.eps).rsqrt()  # pyright: ignore[reportOperatorIssue]
-        return (scaled * self.weight.float()).to(x.dtype).view(x.shape)
+        weight = self.weight.chunk(get_tensor_model_parallel_world_size())[get_tensor_model_parallel_rank()]
+        return (scaled * weight.float()).to(x.dtype).view(x.shape)
 
 
 class LatentAttention(MLASelfAttention):

@@ -108,10 +108,6 @@ BUFFERS = (".router.expert_bias",)
 
 VARIANTS: dict[str, dict[str, tuple[tuple[str, ...], Cut]]] = {
     # rows that take the place of TABLE's, by the norm of queries and keys
-    "projection": {  # over all heads, of which a rank holds some
-        _MG + "self_attention.q_layernorm.weight": ((_HF + "self_attn.q_norm.weight",), ROWS),
-        _MG + "self_attention.k_layernorm.weight": ((_HF + "self_attn.k_norm.weight",), ROWS),
-    },
     "latent": {
         _MG + "self_attention.linear_q_proj.weight": ((_HF + "self_attn.q_proj.weight",), ROWS),
         _MG + "self_attention.linear_q_down_proj.weight": ((_HF + "self_attn.q_a_proj.weight",), ROWS),
