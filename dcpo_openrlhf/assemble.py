@@ -53,5 +53,7 @@ def make_monitor(recipe: Recipe) -> Monitor:
     return Monitor(recipe.monitor, method=METHODS[m.name], target_entropy=m.target_entropy, settings=recipe.settings)
 
 
-def make_log(recipe: Recipe) -> MetricsLog:
-    return MetricsLog(recipe.run.dir, recipe.monitor, config=recipe.model_dump(mode="json"))
+def make_log(recipe: Recipe, *, done: int = 0) -> MetricsLog:
+    """The sinks of a run that has `done` steps behind it."""
+    config = recipe.model_dump(mode="json")
+    return MetricsLog(recipe.run.dir, recipe.monitor, config=config, first_step=done + 1)

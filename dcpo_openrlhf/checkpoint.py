@@ -96,19 +96,44 @@ class CheckpointFolder:
         logger.info("checkpoint %s", whole)
         return whole
 
+    def score(self, step: int, scores: dict[str, float]) -> None:
+        """Add scores to the whole checkpoint of `step`, if there is one, and let go of what is no longer the best."""
+        folder = self.folder / f"step_{step:06d}"
+        if not scores or damage(folder, quick=True) is not None:
+            return
+        manifest = json.loads((folder / MANIFEST).read_text())
+        _write_manifest(folder, {**manifest, "scores": manifest["scores"] | scores})
+        prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
+
 
 def write_manifest(
     folder: Path, *, step: int, scores: dict[str, float], known: dict[str, FileSum] | None = None
 ) -> None:
-    """manifest.json of everything in `folder`; files in `known` are not read again."""
+    """manifest.json of everything in `folder`; files in `known` are not read again.
+
+    Raises RuntimeError for a file of `known` that is not there: another node wrote it into a folder of its own.
+    """
     known = known or {}
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    if unseen := sorted(known.keys() - set(files)):
+        raise RuntimeError(
+            f"a rank wrote {', '.join(unseen[:3])}, and {folder} shows no such file here: run.dir must be a folder "
+            "that every node sees; set it to one on a shared file system"
+        )
     body = {
         "step": step,
         "scores": scores,
         "files": {name: known.get(name) or file_sum(folder / name) for name in files},
     }
-    _write_json(folder / MANIFEST, body | {"crc32": _crc(body)})
+    _write_manifest(folder, body)
+
+
+def _write_manifest(folder: Path, body: dict[str, Any]) -> None:
+    """The manifest with its own checksum, whole or as it was."""
+    body = {name: value for name, value in body.items() if name != "crc32"}
+    aside = folder / f".{MANIFEST}.partial"
+    _write_json(aside, body | {"crc32": _crc(body)})
+    aside.rename(folder / MANIFEST)
 
 
 def damage(folder: Path, *, quick: bool = False) -> str | None:

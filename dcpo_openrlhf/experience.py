@@ -102,6 +102,8 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.prompts: Sequence[Prompt] = ()
         self.resample: Callable[[float, int], list[Experience]] | None = None
         """(T, n) -> G graded responses of pi_old^T to each of the step's first n prompts; set by the trainer."""
+        self.forward: list[Any] = []
+        """Forward passes under way, which `stop_forward` ends."""
         self.temperatures = [self.recipe.method.temperature_low, self.recipe.method.temperature_high]
         """Every T that the switching rule may choose: both come out of the one forward, before the entropy is known."""
 
@@ -135,10 +137,17 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         refs = self.actor_model_group.async_run_method_batch(
             "token_statistics", rows=full, temperatures=[temperatures] * len(full)
         )
+        self.forward = refs
         found = self.actor_model_group.gather(refs)
+        self.forward = []
         return [
             {name: values[: len(r)] for name, values in stats.items()} for r, stats in zip(rows, found, strict=True)
         ]
+
+    def stop_forward(self) -> None:
+        """Let the ranks leave a forward pass under way between micro-batches, so that what comes next need not wait."""
+        for ref in self.forward:
+            ray.cancel(ref)
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from dcpo_openrlhf.errors import RunError
+
 logger = logging.getLogger("dcpo_openrlhf")
 
 START_ATTEMPTS = 3
@@ -32,7 +34,7 @@ OUR_MISTAKE = (ValueError, TypeError, LookupError, AssertionError, ImportError, 
 """Errors of a start that load does not explain."""
 
 
-class StartupError(RuntimeError):
+class StartupError(RunError):
     """What the start of a run waits for did not come; says what, for how long it waited, and what to do."""
 
 
@@ -56,7 +58,7 @@ def start(**options: Any) -> Any:
     raise_bounds()
     import ray  # not before: it would read its own bounds
 
-    with orphans_adopted():
+    with orphans_adopted(), _signals_left_alone():
         for attempt in range(1, START_ATTEMPTS + 1):
             strangers, before = frozenset(descendants()), _sessions(options.get("_temp_dir"))
             try:
@@ -72,6 +74,18 @@ def start(**options: Any) -> Any:
                     raise LocalRayError(_told(error, begun[-1] / "logs")) from error
                 logger.warning("Ray did not start, attempt %d of %d: %s", attempt, START_ATTEMPTS, _first_line(error))
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of SIGTERM's, which ends the process without a word: not inside."""
+    from ray._private import utils
+
+    theirs, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs
 
 
 def _sessions(temp_dir: str | None) -> list[Path]:

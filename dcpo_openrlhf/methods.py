@@ -141,7 +141,8 @@ METHODS: dict[str, Method] = {
         mix=_replaced_rows,
     ),
     "dcpo_expected": Method(
-        equation="avg S(A) + α avg R Σ_a π_old^T(a) log π_θ(a)  (an extension, not in the paper)",
+        # sg: no gradient; in a step's first update pi_theta is pi_old, later ones would need all its logits kept
+        equation="avg S(A) + α avg R Σ_a sg[π_θ^T(a)] log π_θ(a)  (an extension, not in the paper)",
         mix=_advantage_alone,
         uses_alpha=True,
         expected_regulariser=True,

@@ -9,11 +9,15 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived: everything this run started is ended on the way out."""
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived: everything this run started is ended on the way out.
+
+    A KeyboardInterrupt, since Ray passes on no other exception that a handler raises while it waits; it may pass on a
+    plain one, which `raising` and `limit` turn back.
+    """
 
 
-class OutOfTime(BaseException):
+class OutOfTime(KeyboardInterrupt):
     """What had a limit took longer."""
 
 
@@ -28,6 +32,10 @@ class _State:
     """Seconds that it waits at most."""
     ends = 0.0
     """When the bound is over, on the monotonic clock."""
+    arrived: int | None = None
+    """The first signal, once there was one."""
+    expired = False
+    """Has the alarm of `limit` gone off?"""
 
 
 @contextlib.contextmanager
@@ -43,10 +51,14 @@ def raising(bound: float = 0.0) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGALRM, _alarm)
 
     before = {name: signal.getsignal(name) for name in (*_SIGNALS, signal.SIGALRM)}
-    _State.depth, _State.pending, _State.bound = 0, None, bound
+    _State.depth, _State.pending, _State.bound, _State.arrived = 0, None, bound, None
     install()
     try:
         yield install
+    except KeyboardInterrupt as error:
+        if isinstance(error, Interrupted | OutOfTime) or _State.arrived is None:
+            raise
+        raise Interrupted(_State.arrived) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for name, handler in before.items():
@@ -81,9 +93,14 @@ def limit(seconds: float) -> Iterator[None]:
     """Raises OutOfTime where the block takes longer, at once where there is no time left."""
     if seconds <= 0:
         raise OutOfTime
+    _State.expired = False
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except KeyboardInterrupt:
+        if _State.expired:
+            raise OutOfTime from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -91,7 +108,7 @@ def limit(seconds: float) -> Iterator[None]:
 def _handle(number: int, _: Any) -> None:
     for name in _SIGNALS:
         signal.signal(name, signal.SIG_IGN)
-    _State.ends = time.monotonic() + _State.bound
+    _State.ends, _State.arrived = time.monotonic() + _State.bound, number
     if _State.depth and _State.bound > 0:
         _State.pending = number
         signal.setitimer(signal.ITIMER_REAL, _State.bound)
@@ -101,4 +118,5 @@ def _handle(number: int, _: Any) -> None:
 
 def _alarm(*_: Any) -> None:
     number, _State.pending = _State.pending, None
+    _State.expired = number is None
     raise OutOfTime if number is None else Interrupted(number)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import local_ray, signals
+from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.recipe import preflight, resume
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
@@ -34,13 +35,16 @@ logger = logging.getLogger("dcpo_openrlhf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when the recipe ran to its end, 1 where what it starts did not come up, 2 when recipe or data
-    cannot run, 3 where the monitor ended it, 128 + signal after a signal.
+    """Exit status: 0 when the recipe ran to its end, 1 where it could not go on or Ray did not start, 2 when recipe or
+    data cannot run, 3 where the monitor ended it, 128 + signal after a signal.
     """
     arguments = _parser().parse_args(argv)
     log_to(sys.stdout)
     try:
         recipe = resume.keep_chosen(load_recipe(arguments.recipe, arguments.overrides))
+        if not arguments.dry_run and resume.finished(recipe):
+            logger.info("the run in %s is finished, report and all: nothing is left to do", recipe.run.dir)
+            return 0
         lacking = preflight.check(recipe, dry_run=arguments.dry_run)
         if arguments.dry_run:
             if not lacking:
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, tasks.TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except local_ray.StartupError as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except MonitorStop as stop:
@@ -75,12 +79,15 @@ def run(recipe: Recipe) -> None:
     with started(recipe, signal_bound=bound) as trainer:
         try:
             trainer.generate_only() if recipe.train.rollout_only else trainer.fit()
-        except Interrupted:
+        except KeyboardInterrupt:
             if bound:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())
             raise
-        except Exception:
-            _before_exit(trainer.checkpoints.finish, c.signal_timeout)
+        except Exception as error:
+            if c.every:
+                _save_after_error(trainer, c.error_timeout)
+            if (told := _told(error)) is not None:
+                raise told from error
             raise
 
 
@@ -95,6 +102,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     point = resume.resume_point(recipe)
     if point is not None:
         prompts.load_state_dict(point.state()["prompts"])
+        tasks.require_same_heldout(heldout, point.state().get("heldout"))
     resume.prepare_run_folder(recipe, point)
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
         local_ray.raise_bounds()  # Ray reads them when it is imported
@@ -126,6 +134,35 @@ def _before_exit(save: Callable[[], Any], seconds: float) -> None:
         logger.warning("no checkpoint of the last step: checkpoint.signal_timeout is over; the last whole one stays")
     except Exception as error:
         logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
+
+
+def _told(error: Exception) -> RunError | None:
+    """What to say where a process of the run has died, of which Ray tells class and id alone."""
+    from ray.exceptions import RayActorError
+
+    if not isinstance(error, RayActorError):
+        return None
+    return RunError(
+        f"a process of this run died: {' '.join(str(error).split())}\n"
+        "Its last words are in Ray's session folder (logs/worker-*.err), the kernel's in `dmesg` if memory ran out; "
+        "continue with checkpoint.resume=auto"
+    )
+
+
+def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:
+    """A checkpoint of the last finished step, where the weights are still that step's; else say what is lost."""
+    if trainer.in_hand is None:
+        _before_exit(trainer.save_before_exit, seconds)
+        return
+    _before_exit(trainer.checkpoints.finish, seconds)
+    saved = trainer.checkpoints.saved_step
+    logger.warning(
+        "the update of step %d was under way, so the weights are no finished step's: of %d steps after the newest "
+        "checkpoint (step %d) nothing is saved",
+        trainer.in_hand,
+        trainer.in_hand - saved,
+        saved,
+    )
 
 
 def log_to(stream: TextIO) -> None:

@@ -18,9 +18,10 @@ from dcpo_openrlhf.assemble import make_controller, make_generator, make_log, ma
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.monitor.causes import MonitorStop
-from dcpo_openrlhf.monitor.sinks import progress_line
+from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.recipe.resume import REPORT
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import tasks
@@ -56,7 +57,7 @@ class DCPOTrainer(BasePPOTrainer):
         )
         self.experience_maker.resample = self.tempered_rollout
         self.generator = make_generator(strategy, engines, tokenizer)
-        self.monitor, self.log = make_monitor(recipe), make_log(recipe)
+        self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
         self.weights_version = 0
         c = recipe.checkpoint
         self.checkpoints = CheckpointFolder(
@@ -72,6 +73,8 @@ class DCPOTrainer(BasePPOTrainer):
         self.before: float | None = None
         self.settled: tuple[dict[str, Any], dict[str, float]] | None = None
         """State and scores after the last finished step of this process: what a checkpoint saves."""
+        self.in_hand: int | None = None
+        """The step whose update is under way: until it is settled, weights and state do not agree."""
 
     def fit(self, global_step: int = 0) -> None:
         """Run the recipe, or the rest of it: evaluation, `train.steps` steps, evaluation, export, report."""
@@ -85,6 +88,7 @@ class DCPOTrainer(BasePPOTrainer):
             experiences: list[Any] = self.experience_maker.make_experience_batch(samples)
             clock.lap("token_stats")
             with signals.held():  # a signal that arrives during an update waits for its end
+                self.in_hand = step
                 put(experiences, self.actor_model_group)
                 status = self.ppo_train(step)
                 clock.lap("train")
@@ -98,10 +102,15 @@ class DCPOTrainer(BasePPOTrainer):
                 self.begin_checkpoint()
             if self.monitor.stopping:
                 break
+        self.end(int(self.history[-1]["train/step"]))
+
+    def end(self, step: int) -> None:
+        """What follows the last step: evaluation, export, report."""
         after = self.evaluate(step)
         self.finish_checkpoint()
+        self.checkpoints.score(step, {} if after is None else {"heldout_accuracy": after})
         exported = self.export()
-        self.report(self.before, after, self.history, minutes=self.minutes(), exported=exported)
+        self.report(after, exported)
         self.close()
 
     def start(self) -> int:
@@ -137,11 +146,12 @@ class DCPOTrainer(BasePPOTrainer):
             "monitor": self.monitor.state_dict(),
             "grader": [self.grader.timeouts, self.grader.crashes],
             "history": list(self.history),
+            "heldout": tasks.fingerprint(self.heldout),
             "heldout_before": self.before,
             "minutes": self.minutes(),
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        self.settled = state, scores
+        self.settled, self.in_hand = (state, scores), None
 
     def begin_checkpoint(self) -> None:
         """Start the checkpoint of the last finished step; it is finished after the next rollout, or at once."""
@@ -158,10 +168,20 @@ class DCPOTrainer(BasePPOTrainer):
 
     def save_before_exit(self) -> None:
         """A whole checkpoint of the last finished step, if this process finished one that is not saved."""
+        self.experience_maker.stop_forward()
         self.checkpoints.finish()
         if self.settled is not None and self.settled[0]["step"] > self.checkpoints.saved_step:
             self.checkpoints.begin(*self.settled)
             self.checkpoints.finish()
+
+    def what_is_kept(self) -> str:
+        """Where the policy stands after the end of a run that the monitor stopped."""
+        c, folder = self.recipe.checkpoint, self.recipe.run.dir
+        kept = [f"checkpoint step_{self.checkpoints.saved_step:06d}"] if c.every else []
+        kept += ["the exported policy hf/"] if c.export_hf else []
+        if not kept:
+            return "the policy is not kept: checkpoint.every = 0 and checkpoint.export_hf = false"
+        return f"{' and '.join(kept)} stand in {folder}" + ("" if c.every else "; checkpoint.every = 0: no resume")
 
     def minutes(self) -> float:
         """Minutes of this run, those before its checkpoint included."""
@@ -277,7 +297,7 @@ class DCPOTrainer(BasePPOTrainer):
         """Close the sinks; raises MonitorStop where the monitor ended the run."""
         self.log.close()
         if self.monitor.stopping:
-            raise MonitorStop(self.monitor.stopping, saved=f"the run is saved in {self.recipe.run.dir}")
+            raise MonitorStop(self.monitor.stopping, saved=self.what_is_kept())
 
     def evaluate(self, global_step: int, **_: Any) -> float | None:  # type: ignore[override]
         """Held-out accuracy (Avg@samples) of the engines' weights; None without held-out problems."""
@@ -313,37 +333,19 @@ class DCPOTrainer(BasePPOTrainer):
         logger.info("exported the policy to %s", output)
         return output
 
-    def report(
-        self,
-        before: float | None,
-        after: float | None,
-        history: list[dict[str, float]],
-        *,
-        minutes: float,
-        exported: Path | None,
-    ) -> None:
-        """The table at the end, on the screen and in report.md."""
-        first, last = history[0], history[-1]
-        memory = ray.get(self.actor_model_group.async_run_method("peak_memory_gib"))
-
-        def number(value: float | None) -> str:
-            return "-" if value is None else f"{value:.3f}"
-
-        def row(title: str, name: str) -> str:
-            return f"| {title} | {number(first[name])} | {number(last[name])} |"
-
-        lines = [
-            f"| {self.recipe.method.name}, {len(history)} steps | before | after |",
-            "|---|---|---|",
-            f"| held-out accuracy ({len(self.heldout)} problems) | {number(before)} | {number(after)} |",
-            row("reward of the step's responses", "rollout/reward_mean"),
-            row(f"entropy, nats/token (target {first['entropy/target']:g})", "entropy/exact"),
-            f"| minutes, evaluation and export included | | {minutes:.1f} |",
-            f"| peak memory of a policy process, GiB | | {max(memory):.2f} |",
-        ]
-        (self.recipe.run.dir / "report.md").write_text("\n".join(lines) + "\n")
-        logger.info("\n%s", "\n".join(lines))
-        if exported:
+    def report(self, after: float | None, exported: Path | None) -> None:
+        """The table at the end, on the screen and in report.md, a run's last file."""
+        table = final_table(
+            self.history,
+            method=self.recipe.method.name,
+            problems=len(self.heldout),
+            accuracies=(self.before, after),
+            minutes=self.minutes(),
+            peak_gib=max(ray.get(self.actor_model_group.async_run_method("peak_memory_gib"))),
+        )
+        (self.recipe.run.dir / REPORT).write_text(table + "\n")
+        logger.info("\n%s", table)
+        if exported is not None:
             logger.info("load it: transformers.AutoModelForCausalLM.from_pretrained(%r)", str(exported))
 
     def _generate(self, prompts: Sequence[tasks.Prompt], **sampling: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole
 from dcpo_openrlhf.recipe.load import resolved_yaml
-from dcpo_openrlhf.recipe.resume import MAY_DIFFER, _flat, differences, prepare_run_folder, resume_point
+from dcpo_openrlhf.recipe.resume import MAY_DIFFER, _flat, differences, finished, prepare_run_folder, resume_point
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 
@@ -172,8 +172,23 @@ def test_resume_says_where_to_begin(tmp_path: Path) -> None:
     for resume in ("auto", str(tmp_path / "checkpoints/step_000003")):
         found = resume_point(make_recipe(tmp_path, checkpoint={"resume": resume}))
         assert found is not None and (found.step, found.state()["step"]) == (3, 3)
-    with pytest.raises(RecipeError, match=r"is at step 3 and train.steps = 3: nothing is left to do"):
-        resume_point(make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 3}))
+    with pytest.raises(RecipeError, match=r"is at step 3, beyond train.steps = 2"):
+        resume_point(make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 2}))
+
+
+def test_a_finished_run_is_told_from_one_that_lacks_its_end(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 3})
+    assert not finished(recipe)
+    save(make_folder(tmp_path), make_recipe(tmp_path), 3)
+    assert not finished(recipe)  # the last evaluation, the export or the report is missing
+    (tmp_path / "report.md").write_text("| grpo, 3 steps |")
+    (tmp_path / "recipe.yaml").write_text("old recipe")
+    assert finished(recipe) and not finished(make_recipe(tmp_path, train={"steps": 3}))  # a new run is another matter
+    longer = make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 4})
+    prepare_run_folder(longer, resume_point(longer))
+    save(make_folder(tmp_path), make_recipe(tmp_path), 4)
+    assert not finished(longer)  # that report was of three steps
+    assert (tmp_path / "cut/001/report.md").read_text() == "| grpo, 3 steps |"
 
 
 def test_a_named_checkpoint_must_be_one_and_be_whole(tmp_path: Path) -> None:
@@ -235,11 +250,50 @@ def test_deepspeeds_files_belong_to_one_backend_stage_and_number_of_ranks(tmp_pa
     assert resume_point(same) is not None
 
 
-def test_a_checkpoint_from_before_the_backends_is_megatrons(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_a_key_ran_as_its_default_says(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     saved = recipe.model_dump(mode="json")
-    del saved["parallel"]["backend"], saved["parallel"]["zero_stage"]
+    del saved["parallel"]["backend"], saved["parallel"]["zero_stage"], saved["optimizer"]["eps"]
+    del saved["estimate"]
     assert differences(saved, recipe)[0] == []
+    other = make_recipe(tmp_path, optimizer={"eps": 1e-6})
+    assert differences(saved, other)[0] == ["optimizer.eps: 1e-08 -> 1e-06"]
+
+
+def test_a_key_that_is_gone_is_named(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    saved = recipe.model_dump(mode="json")
+    saved["loss"]["entropy_bonus"] = 0.1
+    assert differences(saved, recipe)[0] == [
+        "loss.entropy_bonus: 0.1 in the checkpoint, and this version has no such key"
+    ]
+
+
+def test_data_that_moved_are_known_by_their_fingerprint(tmp_path: Path) -> None:
+    here, there = (
+        make_recipe(tmp_path, task={"train": f"{place}/train.jsonl", "heldout": f"{place}/test.jsonl"})
+        for place in ("here", "there")
+    )
+    assert differences(here.model_dump(mode="json"), there)[0] == []
+
+
+def test_a_file_that_only_another_node_sees_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "here.pt").write_bytes(b"x")
+    known = {"here.pt": file_sum(tmp_path / "here.pt"), "rank1.distcp": checkpoint.FileSum(bytes=3, crc32=1)}
+    with pytest.raises(RuntimeError, match=r"a rank wrote rank1.distcp.*on a shared file system"):
+        checkpoint.write_manifest(tmp_path, step=1, scores={}, known=known)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_the_last_evaluation_decides_which_is_best(tmp_path: Path) -> None:
+    folder, recipe = make_folder(tmp_path, keep_last=1, keep_best=True), make_recipe(tmp_path)
+    save(folder, recipe, 2, heldout_accuracy=0.5)
+    save(folder, recipe, 4)
+    assert steps(tmp_path) == [2, 4]
+    folder.score(4, {"heldout_accuracy": 0.9})
+    assert steps(tmp_path) == [4] and damage(tmp_path / "checkpoints/step_000004") is None
+    folder.score(6, {"heldout_accuracy": 1.0})  # never saved
+    assert steps(tmp_path) == [4]
 
 
 def test_every_key_that_may_differ_is_a_key_of_the_recipe(tmp_path: Path) -> None:
@@ -281,8 +335,26 @@ def test_auto_without_a_whole_checkpoint_begins_anew_and_keeps_what_was(tmp_path
     prepare_run_folder(make_recipe(tmp_path, checkpoint={"resume": "auto"}), None)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert len((tmp_path / "cut/001/metrics.jsonl").read_text().splitlines()) == 6
+    assert (tmp_path / "evaluation.jsonl").read_text() == ""  # step 0 is evaluated again
     prepare_run_folder(make_recipe(tmp_path, checkpoint={"resume": "auto"}), None)
     assert (tmp_path / "cut/002/recipe.yaml").is_file()
+
+
+def test_an_evaluation_that_is_made_again_stands_once(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 4})
+    prepare_run_folder(recipe, checkpoint.Checkpoint(tmp_path / "checkpoints/step_000004", 4))
+    assert (tmp_path / "evaluation.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_files_that_no_run_writes_stay_where_they_are(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for name in ("samples/my_notes.txt", "samples/look_at_000099", "checkpoints/step_old"):
+        (tmp_path / name).write_text("mine")
+    recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"})
+    prepare_run_folder(recipe, checkpoint.Checkpoint(tmp_path / "checkpoints/step_000003", 3))
+    assert (tmp_path / "samples/my_notes.txt").exists() and (tmp_path / "samples/look_at_000099").exists()
+    assert (tmp_path / "checkpoints/step_old").exists() and steps(tmp_path) == [3]
 
 
 def test_a_run_that_resumes_nothing_leaves_the_folder_as_it_is(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ LEVELS = (
     ("weight_sync",),
     ("openrlhf_seam",),
     ("recipe",),
-    ("checkpoint", "signals", "local_ray"),
+    ("checkpoint", "signals", "local_ray", "errors"),
     ("methods",),
     ("objectives", "controller"),
 )

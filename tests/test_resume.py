@@ -1,6 +1,7 @@
 """N steps equal k steps + kill -9 + resume + N-k steps, bit for bit, on recorded responses: no engine is started."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,12 +148,16 @@ class Run:
             self.process.kill()
         return self
 
-    def signal_at(self, text: str, number: int) -> "Run":
+    def when(self, text: str) -> "Run":
+        """Return when the log says so."""
         ends = time.monotonic() + HANG_S
         while text not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < ends, self.log.read_text()[-4000:]
             time.sleep(0.02)
-        self.process.send_signal(number)
+        return self
+
+    def signal_at(self, text: str, number: int) -> "Run":
+        self.when(text).process.send_signal(number)
         return self
 
     def metrics(self) -> list[dict[str, float]]:
@@ -236,6 +241,37 @@ def test_killed_resumed_and_preempted_run_equals_the_whole_run(runs: Runs, whole
 
 
 @pytest.mark.long
+@pytest.mark.slow
+def test_a_run_that_lacks_only_its_end_gets_it_and_a_finished_one_stays_as_it_is(runs: Runs, whole: Run) -> None:
+    ended = runs.folder / "ended"
+    shutil.copytree(whole.folder, ended)
+    (ended / "report.md").unlink()
+    shutil.rmtree(ended / "hf")
+    run = runs.start("ended", "checkpoint.keep_last=9", "checkpoint.resume=auto").end()
+    assert (ended / "hf/model.safetensors").is_file() and f"{STEPS} steps" in (ended / "report.md").read_text()
+    assert run.metrics() == whole.metrics() and run.policy_sums(STEPS) == whole.policy_sums(STEPS)
+    report = (ended / "report.md").stat()
+    again = runs.start("ended", "checkpoint.keep_last=9", "checkpoint.resume=auto").end()
+    assert "is finished, report and all: nothing is left to do" in again.log.read_text()
+    assert (ended / "report.md").stat() == report
+
+
+@pytest.mark.slow
+def test_an_error_loses_no_finished_step(runs: Runs, whole: Run) -> None:
+    recorded = runs.folder / "short-of-one"
+    shutil.copytree(runs.folder / "recorded", recorded)
+    run = runs.start("error", "checkpoint.every=100", f"rollout.replay={recorded}")
+    run.when(f"step 1/{STEPS}")
+    (file,) = recorded.rglob(f"step_{STEPS:06d}.pt")
+    file.unlink()
+    run.end(status=1)
+    assert f"step_{STEPS:06d}.pt is missing" in run.log.read_text()
+    newest = checkpoint.newest_whole(runs.folder / "error/checkpoints")
+    assert newest is not None and newest.step == STEPS - 1
+    assert run.metrics() == whole.metrics()[:-1]
+
+
+@pytest.mark.slow
 def test_another_mesh_continues_with_the_same_numbers(runs: Runs, whole: Run) -> None:
     point = whole.folder / "checkpoints/step_000002"
     mesh = ("parallel.tensor=1", "parallel.devices_per_node=2", f"checkpoint.resume={point}")

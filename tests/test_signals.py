@@ -1,12 +1,16 @@
 """A signal raises once, not in the middle of an update, and what follows it is bounded."""
 
+import os
 import signal
+import threading
 import time
 
 import pytest
+import ray
 
-from dcpo_openrlhf import signals
+from dcpo_openrlhf import local_ray, signals
 from dcpo_openrlhf.signals import Interrupted, OutOfTime
+from tests.bounds import HANG_S
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -70,3 +74,17 @@ def test_handlers_come_back() -> None:
     with signals.raising():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+
+
+def test_a_signal_ends_a_wait_for_ray_at_once() -> None:
+    """Ray passes on a KeyboardInterrupt alone: another exception comes as a SystemError when the wait is over."""
+    context = local_ray.start(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    assert context is not None
+    try:
+        forever = ray.remote(lambda: time.sleep(HANG_S)).remote()
+        for wait in (lambda: ray.get(forever), lambda: ray.wait([forever], timeout=HANG_S)):
+            with pytest.raises(Interrupted), signals.raising():
+                threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+                wait()
+    finally:
+        ray.shutdown()

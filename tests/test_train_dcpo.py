@@ -1,5 +1,6 @@
 """The entry: a dry run starts nothing, and bad input ends in one clear error before anything is started or written."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import yaml
 
 from dcpo_openrlhf import local_ray, signals, train_dcpo
 from dcpo_openrlhf.recipe.load import load_recipe
+from dcpo_openrlhf.recipe.schema import Recipe
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +237,40 @@ def test_a_save_that_takes_too_long_or_fails_is_told_and_the_run_still_ends(capl
             train_dcpo._before_exit(save, 2.0)
             (warning,) = caplog.messages
             assert said in warning and "the last whole one stays" in warning
+
+
+class FakeTrainer:
+    """A trainer that ends with an error, with two finished steps of which one is saved."""
+
+    def __init__(self, in_hand: int | None) -> None:
+        self.in_hand, self.saved = in_hand, []
+        self.checkpoints = SimpleNamespace(saved_step=1, finish=lambda: self.saved.append("in flight"))
+
+    def fit(self) -> None:
+        raise RuntimeError("an engine died")
+
+    def save_before_exit(self) -> None:
+        self.saved.append("step 2")
+
+
+@pytest.mark.parametrize(
+    ("in_hand", "every", "saved", "said"),
+    [
+        (None, 5, ["step 2"], ""),
+        (3, 5, ["in flight"], "of 2 steps after the newest checkpoint (step 1)"),
+        (3, 0, [], ""),
+    ],
+)
+def test_an_error_saves_the_last_finished_step_where_the_weights_are_still_its(
+    in_hand: int | None, every: int, saved: list[str], said: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = FakeTrainer(in_hand)
+    monkeypatch.setattr(train_dcpo, "started", lambda *_, **__: contextlib.nullcontext(trainer))
+    values = {"model": {"path": "unused"}, "task": {"kind": "arithmetic"}, "checkpoint": {"every": every}}
+    with signals.raising(), pytest.raises(RuntimeError, match="an engine died"):
+        train_dcpo.run(Recipe.model_validate(values))
+    assert trainer.saved == saved
+    assert said in caplog.text
 
 
 def test_unknown_option_ends_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,9 +53,12 @@ def test_what_is_installed_from_it_imports(wheel: Path, tmp_path: Path) -> None:
     python = str(venv / "bin/python")
     install = [sys.executable, "-m", "uv", "pip", "install", "--python", python, "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, timeout=HANG_S, capture_output=True)
-    code = "import dcpo_openrlhf.train_dcpo as t, dcpo_openrlhf.trainer, dcpo_openrlhf.policy.actor; print(t.__file__)"
-    # what it stands on comes from this environment, whose own link to the sources PYTHONPATH does not follow
+    code = "import setuptools, dcpo_openrlhf.train_dcpo as t, dcpo_openrlhf.trainer, dcpo_openrlhf.policy.actor"
+    # what it stands on comes from this environment, whose links PYTHONPATH does not follow: neither that to the sources
+    # nor setuptools' to distutils, which deepspeed imports
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=HANG_S)
+    done = subprocess.run(
+        [python, "-c", code + "; print(t.__file__)"], cwd=tmp_path, env=environment, capture_output=True, timeout=HANG_S
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert Path(done.stdout.decode().splitlines()[-1]).is_relative_to(venv.resolve())

@@ -21,8 +21,30 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SIGMOID: dict[str, object] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.8,
+    "norm_topk_prob": True,
+}
+LATENT: dict[str, object] = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
 ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
+    # a family of recipe/families.py, or a variant of one that names its model_type
     "llama": {},
+    "llama_bias": {"model_type": "llama", "attention_bias": True},
+    "mistral": {"sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"use_sliding_window": False},
     "qwen3_moe": {
@@ -32,7 +54,11 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    # biases and norms of queries and keys are in some sizes of the family alone
+    "glm4_moe": SIGMOID | {"attention_bias": True, "use_qk_norm": True},
 }
+MIXTURES = [name for name, fields in ARCHITECTURE_FIELDS.items() if "num_experts_per_tok" in fields]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,13 +109,13 @@ def make_tiny_model(
     """
     path = Path(path)
     tokenizer = make_tokenizer()
-    fields = {"vocab_size": len(tokenizer)} | ARCHITECTURE_FIELDS[architecture] | more
-    if architecture.startswith("qwen3"):
+    fields = {"vocab_size": len(tokenizer), "model_type": architecture} | ARCHITECTURE_FIELDS[architecture] | more
+    if architecture.startswith(("qwen3", "glm4")):
         fields["head_dim"] = hidden // heads
-    if architecture == "qwen3_moe":
+    if architecture in MIXTURES:
         fields["moe_intermediate_size"] = ffn
     config = AutoConfig.for_model(
-        architecture,
+        **fields,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -101,7 +127,6 @@ def make_tiny_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **fields,
     )
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -137,3 +162,6 @@ def _randomise_biases_and_norms(model: torch.nn.Module) -> None:
                 parameter.normal_(0.0, INIT_STD)
             elif parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(0.0, INIT_STD)

@@ -270,6 +270,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe")
     args = parser.parse_args()
     run_dir = args.run_dir.resolve()
+    if any(override.startswith("run.dir=") for override in args.overrides):
+        parser.error(f"run.dir is given by --run-dir here: --run-dir {run_dir}")
     overrides = [f"model.path={default_output()}", *args.overrides, f"run.dir={run_dir}"]
     try:
         recipe = load_recipe(args.recipe, overrides)

@@ -9,16 +9,17 @@ that asks for more samples or problems. Grades are computed from the kept sample
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from dcpo_openrlhf.reward.extract import EXTRACTORS
@@ -27,6 +28,7 @@ from dcpo_openrlhf.rollout.chat import render, stop_tokens
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
 from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile
+from tools.sampler import Generate, Generator, ModelFolder, vllm_generator
 from tools.scores import CONTESTS, Result, estimate, paper_backbones, pass_at_k, table
 
 BENCHMARKS = [name for name, source in SOURCES.items() if source.kind == "test"]
@@ -43,13 +45,12 @@ class Preset:
     top_p: float = 0.95
 
 
+LONGEST_DEADLINE = 3600
+"""[s] Of one comparison: beyond an hour it is a slip, and a kernel's alarm takes no infinity."""
 PRESETS = {
     "pass1": Preset(temperature=0.1, samples=1, contest_samples=32),
     "pass128": Preset(temperature=0.6, samples=128, contest_samples=128),
 }
-
-Generate = Callable[[Sequence[Request]], Iterator[Sample]]
-"""Yields the samples of the requests, each as soon as it is finished."""
 
 # --- one model on one benchmark --------------------------------------------------------------------------------------
 
@@ -122,114 +123,6 @@ def keep(job: Job, result: Result, grades: Sequence[Grade]) -> None:
     job.path.with_suffix(".result.json").write_text(json.dumps(job.settings | asdict(result), indent=1) + "\n")
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
-
-CPU_BLOCK_SIZE = 32  # as in training: vLLM's 128 on CPU means that short prompts are never shared
-IN_FLIGHT = 2048
-"""Requests inside vLLM at a time; more than it runs at once, few enough to be queued quickly."""
-
-
-class ModelFolder:
-    """A Hugging Face model folder, looked at without loading the model. Raises EvaluationError if it is none."""
-
-    def __init__(self, path: Path, *, trust_remote_code: bool) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
-        self.path = path
-        weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-        if not (path / "config.json").is_file() or not weights:
-            what = "no such folder" if not path.is_dir() else "lacks config.json or *.safetensors"
-            raise EvaluationError(
-                f"{path}: {what}; give a Hugging Face folder: a run's hf/, or `hf download NAME --local-dir {path}`"
-            )
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{path}: cannot be read as a Hugging Face folder: {error}") from error
-        self.context: int = config.max_position_embeddings
-        self._weights = weights
-
-    @property
-    def label(self) -> str:
-        """The folder's name; the run's name for the hf/ that a run exports."""
-        path = self.path.resolve()
-        return path.parent.name if path.name == "hf" else path.name
-
-    def sha256(self) -> str:
-        """Of all that decides what the model answers: weights, config, tokenizer."""
-        total = hashlib.sha256()
-        for file in sorted([*self._weights, *self.path.glob("*.json"), *self.path.glob("*.jinja")]):
-            with file.open("rb") as handle:
-                total.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
-        return total.hexdigest()
-
-
-@contextmanager
-def vllm_generator(model: Path, *, max_model_len: int, args: argparse.Namespace) -> Iterator[Generate]:
-    """vLLM's offline engine; on a CPU machine inside this process, so that a kill leaves nothing behind."""
-    import torch
-
-    settings: dict[str, Any] = {"gpu_memory_utilization": args.gpu_memory_utilization}
-    if not torch.cuda.is_available():
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores}
-        settings = {"block_size": CPU_BLOCK_SIZE, "kv_cache_memory_bytes": int(args.cpu_kv_cache_gb * 2**30)}
-        settings |= {
-            "enforce_eager": True,
-            "distributed_executor_backend": "uni" if args.tensor_parallel == 1 else "mp",
-        }
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # below the progress bar
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
-    llm = LLM(
-        model=str(model),
-        dtype=args.dtype,
-        max_model_len=max_model_len,
-        tensor_parallel_size=args.tensor_parallel,
-        trust_remote_code=args.trust_remote_code,
-        enable_prefix_caching=True,
-        disable_log_stats=True,
-        **settings,
-    )
-    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
-    stops = stop_tokens(tokenizer, chat=not args.no_chat, stop=args.stop)  # as in training
-
-    def add(number: int, request: Request) -> None:
-        ids = tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
-        params = SamplingParams(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            max_tokens=args.max_tokens,
-            seed=request.seed,
-            stop_token_ids=stops,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine.add_request(str(number), llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=ids)])[0], params)
-
-    def generate(requests: Sequence[Request]) -> Iterator[Sample]:
-        # LLM.generate returns when the last of its requests is finished; here each one is kept at its end.
-        waiting = deque(enumerate(requests))
-        while waiting or engine.has_unfinished_requests():
-            while waiting and engine.get_num_unfinished_requests() < IN_FLIGHT:
-                add(*waiting.popleft())
-            for output in engine.step():
-                (answer,) = output.outputs  # type: ignore[union-attr]
-                cut = answer.finish_reason == "length"
-                yield Sample(requests[int(output.request_id)].key, answer.text, len(answer.token_ids), cut)
-
-    try:
-        yield generate
-    finally:
-        engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
-
-
-Generator = Callable[..., AbstractContextManager[Generate]]
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -280,8 +173,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     preset = PRESETS[args.preset]
     args.temperature = preset.temperature if args.temperature is None else args.temperature
     args.top_p = preset.top_p if args.top_p is None else args.top_p
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error(f"temperature >= 0 and 0 < top-p <= 1 are needed, not {args.temperature} and {args.top_p}")
+    if not 0 < args.deadline <= LONGEST_DEADLINE:
+        parser.error(f"--deadline is above 0 and at most {LONGEST_DEADLINE} [s], not {args.deadline:g}")
+    if not 0 < args.gpu_memory_utilization <= 1 or not 0 < args.cpu_kv_cache_gb < math.inf:
+        parser.error(
+            "0 < gpu-memory-utilization <= 1 and cpu-kv-cache-gb > 0 are needed, "
+            f"not {args.gpu_memory_utilization:g} and {args.cpu_kv_cache_gb:g}"
+        )
     return args
 
 
@@ -315,7 +215,17 @@ def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argpa
     """The job with the settings that its samples depend on: all of the file's prompts, not only the first N."""
     template = prompt_template(args.template)
     options = {"template": template, "system": args.system, "chat": not args.no_chat}
-    prompts = [render(problem, tokenizer=model.tokenizer, **options) for problem in problems]
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(render(problem, tokenizer=model.tokenizer, **options))
+        except (TemplateError, TypeError) as error:  # what a template raises itself, as for a system message, and slips
+            raise EvaluationError(
+                f"the chat template of {model.path} fails on problem {problem.id!r} of {name} "
+                f"({' '.join(str(error).split())}); "
+                + ("leave out --system, which some refuse, or " if args.system is not None else "mend it, or ")
+                + "pass --no-chat"
+            ) from error
     ids = [problem.id for problem in problems]
     settings = {
         "benchmark": name,
@@ -342,9 +252,12 @@ def evaluate_model(
     sha256 = model.sha256()
     jobs = [make_job(name, chosen, model, args, sha256=sha256) for name, chosen in problems.items()]
     prompts = [Prompt(p, text) for job in jobs for p, text in zip(job.problems, job.prompts, strict=True)]
-    longest = check_prompt_lengths(
-        prompts, tokenizer=model.tokenizer, context=model.context, max_new_tokens=args.max_tokens
-    )
+    longest = check_prompt_lengths(prompts, tokenizer=model.tokenizer, context=model.context - 1, max_new_tokens=0)
+    if longest + args.max_tokens > model.context:
+        raise EvaluationError(
+            f"the longest prompt of {longest} tokens and --max-tokens {args.max_tokens} exceed the context of "
+            f"{model.context} of {model.label}; pass --max-tokens {model.context - longest} or less"
+        )
     results = []
     with ExitStack() as stack:
         pool = stack.enter_context(

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.policy.deepspeed import CHECKPOINT_FOLDER
-from dcpo_openrlhf.policy.hf_folder import write_hf_folder
+from dcpo_openrlhf.policy.hf_folder import strangers, write_hf_folder
 from dcpo_openrlhf.policy.megatron import names
 from dcpo_openrlhf.rollout.chat import stop_tokens
 
@@ -145,21 +145,53 @@ def _shape(tensors: CheckpointTensors, hf: dict[str, Any]) -> names.Shape:
     return shape
 
 
-def _saved_model(folder: Path) -> dict[str, Any]:
-    """The section `model` of the recipe that the checkpoint was saved with; an imported one has none."""
-    return json.loads((folder / checkpoint.STATE).read_text())["recipe"]["model"]
+def _saved_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that the checkpoint was saved with; an imported one has none, and so no key."""
+    state = folder / checkpoint.STATE
+    return json.loads(state.read_text())["recipe"] if state.is_file() else {}
+
+
+def _model_of(folder: Path, recipe: dict[str, Any]) -> Path:
+    if not recipe:
+        raise ExportError(f"{folder} does not say which model it belongs to (no {checkpoint.STATE}); add --model DIR")
+    return Path(recipe["model"]["path"])
+
+
+def require_free(output: Path, *, kept: dict[str, Path]) -> None:
+    """Raise ExportError unless `output` is new, empty or an earlier export, and has nothing in it of `kept`."""
+    for what, path in kept.items():
+        if path.resolve().is_relative_to(output):
+            raise ExportError(f"--output {output} is or contains {what} {path}, and is replaced; name another folder")
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"--output {output} is a file; name a folder")
+    if output.is_dir() and (others := strangers(output)):
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ExportError(
+            f"--output {output} is replaced, but holds other things than an export wrote ({listed}); "
+            "name another folder, or move them away"
+        )
 
 
 def export(folder: Path, output: Path, *, model: Path | None = None, shard_gb: float = 5.0) -> Path:
-    """`output`: the Hugging Face folder of the checkpoint `folder`. Raises ExportError."""
+    """`output`: the Hugging Face folder of the checkpoint `folder`. Raises ExportError, before anything is written."""
+    output = output.resolve()
+    if not shard_gb > 0:
+        raise ExportError(f"--shard-gb is above 0, not {shard_gb}")
     if wrong := checkpoint.damage(folder):
         raise ExportError(f"--checkpoint {folder} is not a whole checkpoint (step_NNNNNN): {wrong}; name another one")
-    model = model or Path(_saved_model(folder)["path"])
+    recipe = _saved_recipe(folder)
+    model = model or _model_of(folder, recipe)
     if not (model / "config.json").is_file():
         raise ExportError(f"the model that the run started from is not at {model}; say where it is: --model DIR")
+    kept = {"the checkpoint": folder, "the model": model, "the folder you are in": Path.cwd()}
+    if "run" in recipe:
+        kept["the run"] = Path(recipe["run"]["dir"])
+    require_free(output, kept=kept)
+    if output.is_relative_to(folder.resolve()):
+        raise ExportError(f"--output {output} lies in the checkpoint {folder}; name a folder outside it")
     hf = json.loads((model / "config.json").read_text())
     if (folder / CHECKPOINT_FOLDER).is_dir():
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[_saved_model(folder)["dtype"]]
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe["model"]["dtype"]]
         tensors = deepspeed_tensors(folder, hf, dtype)
     else:
         tensors = hf_tensors(folder, hf)
@@ -185,13 +217,13 @@ def _stop_tokens(folder: Path, model: Path) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step_NNNNNN")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="replaced only when all is written")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, or an earlier export")
     parser.add_argument("--model", type=Path, metavar="DIR", help="source of config and tokenizer; default: the run's")
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GIB", help="default: %(default)s")
     arguments = parser.parse_args(argv)
     try:
         export(arguments.checkpoint, arguments.output, model=arguments.model, shard_gb=arguments.shard_gb)
-    except ExportError as error:
+    except (ExportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(arguments.output)

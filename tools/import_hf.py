@@ -4,7 +4,8 @@ python -m tools.import_hf --model DIR --output CHECKPOINTS
 
 Writes CHECKPOINTS/step_000000 with the weights and an optimizer that has not stepped. A run needs none of it: it starts
 from the Hugging Face folder itself (model.path). This is for tools that read megatron-core's checkpoints, and for
-trying a mesh: what is saved here on one rank, dist_checkpointing loads on any other. One process on the CPU holds
+trying a mesh: what is saved here on one rank, dist_checkpointing loads on any other. No run resumes from it: it has
+neither prompts nor a recipe. One process on the CPU holds
 weights, gradients and optimizer: 18 bytes a parameter in bf16, 16 in fp32.
 """
 

@@ -143,7 +143,7 @@ def _page_run(label: str, folder: Path, colour: str) -> dict[str, Any]:
         "steps": steps,
         "series": {name: [_finite(row.get(name)) for row in merged] for name in names},
         "events": [_event(row, folder) for row in optional(folder, "events.jsonl")],
-        "samples": {step: [_shortened(row) for row in read_jsonl(files[step])] for step in kept},
+        "samples": {step: [_plain(_shortened(row)) for row in read_jsonl(files[step])] for step in kept},
         "note": f"{len(kept)} of {len(files)} steps are in this page." if len(kept) < len(files) else "",
     }
 
@@ -176,6 +176,15 @@ def _event(row: Row, folder: Path) -> Row:
 
 def _brief(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """The value with NaN and the infinities as their names, which JSON does not know as numbers."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shortened(row: Row) -> Row:

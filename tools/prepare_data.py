@@ -9,26 +9,19 @@ training set of the folder is compared with every test set of it; what they shar
 """
 
 import argparse
-import csv
 import hashlib
 import json
-import re
 import sys
-import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from string import ascii_uppercase
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from dcpo_openrlhf.reward.extract import extract_boxed
 from dcpo_openrlhf.rollout.tasks import JSONL_KEYS, Problem, TaskError, load_jsonl
-
-
-class PrepareError(ValueError):
-    """Data that cannot be had or read; names the place, the value and the remedy."""
-
+from tools.data_form import normalise
+from tools.data_rows import PrepareError, Row, read_rows
+from tools.overlap import Overlap, deduplicate, find_overlap
 
 # --- which sets there are --------------------------------------------------------------------------------------------
 
@@ -71,64 +64,7 @@ def canonical(name: str) -> str:
     return found
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-Row = Mapping[str, Any]
-
-
-def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) of a .jsonl, .json, .csv or .parquet file. Raises PrepareError that names file and line."""
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise PrepareError(f"{path}: the file name ends in none of {', '.join(readers)}; convert or rename it")
-    try:
-        rows = readers[path.suffix](path)
-    except OSError as error:
-        raise PrepareError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from error
-    except UnicodeDecodeError as error:
-        raise PrepareError(f"{path}: not UTF-8 ({error}); convert it") from error
-    if not rows:
-        raise PrepareError(f"{path}: holds no rows; give a file with at least one problem")
-    for place, row in rows:
-        if not isinstance(row, Mapping):
-            raise PrepareError(f"{place}: {type(row).__name__} instead of an object; give one object a row")
-    return rows
-
-
-def _jsonl_rows(path: Path) -> list[tuple[str, Row]]:
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # splitlines would split at U+2028 too
-    return [(f"{path}:{n}", _parse(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line or len(lines) > 1]
-
-
-def _json_rows(path: Path) -> list[tuple[str, Row]]:
-    rows = _parse(path.read_bytes(), str(path))
-    if not isinstance(rows, list):
-        raise PrepareError(f"{path}: {type(rows).__name__} instead of a list of objects")
-    return [(f"{path}, entry {n}", row) for n, row in enumerate(rows, 1)]
-
-
-def _parse(text: bytes, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PrepareError(f"{place}: not JSON ({error}): {text[:60].decode(errors='replace')!r}") from error
-
-
-def _csv_rows(path: Path) -> list[tuple[str, Row]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        return [(f"{path}:{reader.line_num}", row) for row in reader]
-
-
-def _parquet_rows(path: Path) -> list[tuple[str, Row]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise PrepareError(f"{path}: not a parquet file ({error})") from error
-    return [(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)]
+# --- reading a set ----------------------------------------------------------------------------------------------------
 
 
 def hub_rows(name: str, source: Source) -> list[tuple[str, Row]]:
@@ -149,86 +85,6 @@ def hub_rows(name: str, source: Source) -> list[tuple[str, Row]]:
     return [(f"{source.hub} {source.split}, row {n}", dict(row)) for n, row in enumerate(rows, 1)]
 
 
-# --- the normalised form ---------------------------------------------------------------------------------------------
-
-PROBLEM_COLUMNS = ("problem", "question", "prompt", "Question")
-ANSWER_COLUMNS = ("answer", "final_answer", "solution", "Correct Answer")  # DAPO's `solution` is the answer alone
-ID_COLUMNS = ("id", "unique_id", "problem_idx", "question_id", "Record ID")
-DISTRACTORS = tuple(f"Incorrect Answer {n}" for n in (1, 2, 3))
-
-
-def normalise(name: str, rows: Sequence[tuple[str, Row]], *, origin: str) -> list[Problem]:
-    """The rows as problems, by the column names that the known sets use; rows already in the form stay as they are.
-
-    Multiple choice is rendered as "question, Options:, A. ...", its answer is the letter. Raises PrepareError that
-    names the row whose problem or answer is missing or whose id was seen before.
-    """
-    problems, place_of = [], {}
-    for index, (place, row) in enumerate(rows):
-        problem = _as_problem(name, row, index=index, place=place, origin=origin)
-        if problem.id in place_of:
-            raise PrepareError(f"{place}: id {problem.id!r} was seen before ({place_of[problem.id]}); ids are unique")
-        place_of[problem.id] = place
-        problems.append(problem)
-    return problems
-
-
-def _as_problem(name: str, row: Row, *, index: int, place: str, origin: str) -> Problem:
-    text = _first(row, PROBLEM_COLUMNS, place).strip()
-    if options := row.get("options"):
-        text, answer = _with_options(text, options), str(row["answer"])
-    elif all(row.get(column) for column in DISTRACTORS):
-        text, answer = _shuffled_options(text, [row["Correct Answer"], *(row[column] for column in DISTRACTORS)])
-    else:
-        answer = _final_answer(_first(row, ANSWER_COLUMNS, place, allow_any=True))
-    if not text or not answer:
-        raise PrepareError(f"{place}: the {'answer' if text else 'problem'} is empty; remove the row or fill it in")
-    id_value = next((row[column] for column in ID_COLUMNS if row.get(column) not in (None, "")), index)
-    known = isinstance(id_value, str) and not id_value.isdecimal()
-    return Problem(
-        id=str(id_value) if known else f"{name}-{id_value}",
-        problem=text,
-        answer=answer,
-        source=row["source"] if set(JSONL_KEYS) <= row.keys() and isinstance(row["source"], str) else origin,
-    )
-
-
-def _first(row: Row, columns: Sequence[str], place: str, *, allow_any: bool = False) -> Any:
-    for column in columns:
-        if column in row and (allow_any or isinstance(row[column], str)):
-            return row[column]
-    if other := [column for column in columns if column in row]:
-        seen = f"{other[0]} is {row[other[0]]!r:.80} ({type(row[other[0]]).__name__})"
-        raise PrepareError(
-            f"{place}: {seen}; it must be text, such as the content of the user's turn alone: convert it"
-        )
-    raise PrepareError(f"{place}: none of the columns {', '.join(columns)} holds it; the columns are {', '.join(row)}")
-
-
-def _final_answer(value: Any) -> str:
-    """The final answer alone: the entries of a list, an integral float as integer, what follows ####, the last box."""
-    if isinstance(value, list | tuple):
-        return ", ".join(_final_answer(entry) for entry in value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = "" if value is None else str(value).strip()
-    if "####" in text:  # GSM8K: the solution, then "#### 1,234"
-        text = text.rpartition("####")[2].strip().replace(",", "")
-    return extract_boxed(text) or text
-
-
-def _with_options(question: str, options: Sequence[str]) -> str:
-    lines = [f"{letter}. {option.strip()}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-    return "\n".join([question, "Options:", *lines])
-
-
-def _shuffled_options(question: str, options: Sequence[str]) -> tuple[str, str]:
-    """The question with its options in an order that only their text decides, and the letter of the first of them."""
-    correct = options[0]
-    order = sorted(options, key=lambda option: hashlib.sha256(f"{question}\0{option}".encode()).digest())
-    return _with_options(question, order), ascii_uppercase[order.index(correct)]
-
-
 def load_problems(name: str, path: Path | None) -> list[Problem]:
     """The problems of a set, from a file in the normalised form or in the set's own, or from the hub without a file.
 
@@ -241,83 +97,6 @@ def load_problems(name: str, path: Path | None) -> list[Problem]:
     if path.suffix == ".jsonl" and all(set(JSONL_KEYS) <= row.keys() for _, row in rows):
         return load_jsonl(path)
     return normalise(name, rows, origin=path.name)
-
-
-# --- duplicates and overlap ------------------------------------------------------------------------------------------
-
-NGRAM = 8
-SHARE = 0.5
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Words in lower case without punctuation and LaTeX marks; each Chinese or Japanese character is a word."""
-    spaced = re.sub(r"([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", unicodedata.normalize("NFKC", text).lower())
-    return tuple(_WORD.findall(spaced))
-
-
-def _identity(text: str) -> str:
-    """The text up to case, spaces and dollar signs. Operators and digits stay: 2+3 and 2-3 are two problems."""
-    return re.sub(r"[\s$]+", "", unicodedata.normalize("NFKC", text).lower())
-
-
-class Deduplicated(NamedTuple):
-    kept: list[Problem]
-    duplicates: list[str]
-    """Ids whose problem and answer an earlier row has."""
-    conflicting: list[str]
-    """Ids of equal problems with different answers; none of them is kept."""
-
-
-def deduplicate(problems: Sequence[Problem]) -> Deduplicated:
-    """The first of each group of equal problems (see _identity); none of a group that disagrees about the answer."""
-    groups: dict[str, list[Problem]] = defaultdict(list)
-    for problem in problems:
-        groups[_identity(problem.problem)].append(problem)
-    result = Deduplicated([], [], [])
-    for group in groups.values():
-        if len({_identity(p.answer) for p in group}) > 1:
-            result.conflicting.extend(p.id for p in group)
-        else:
-            result.kept.append(group[0])
-            result.duplicates.extend(p.id for p in group[1:])
-    return result
-
-
-class Overlap(NamedTuple):
-    """A training problem that holds much of a test problem."""
-
-    train: str
-    set: str
-    test: str
-    share: float
-    """Of the test problem's n-grams; 1.0 where the whole text is in the training problem."""
-
-
-def find_overlap(train: Sequence[Problem], tests: Mapping[str, Sequence[Problem]]) -> list[Overlap]:
-    """Pairs where the training problem holds at least SHARE of the test problem's runs of NGRAM words.
-
-    After Chowdhery et al. 2022 (PaLM, 8-grams, 70%). Half, since DAPO rewrites how a problem ends so that its answer is
-    an integer. Any one 13-gram, as for GPT-3, would flag "m/n where m and n are relatively prime positive integers".
-    """
-    holders: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
-    size: dict[tuple[str, str], int] = {}
-    for name, problems in tests.items():
-        for problem in problems:
-            grams = _grams(words(problem.problem))
-            size[name, problem.id] = len(grams)
-            for gram in grams:
-                holders[gram].append((name, problem.id))
-    found = []
-    for problem in train:
-        shared = Counter(test for gram in _grams(words(problem.problem)) for test in holders.get(gram, ()))
-        shares = ((*test, count / size[test]) for test, count in sorted(shared.items()))
-        found.extend(Overlap(problem.id, *pair) for pair in shares if pair[-1] >= SHARE)
-    return found
-
-
-def _grams(text: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(text[i : i + NGRAM]) for i in range(max(1, len(text) - NGRAM + 1))}
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -358,6 +137,14 @@ class Folder:
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.jsonl"
+
+    def require_own(self, name: str) -> None:
+        """Raise PrepareError where writing the set would replace a file that was not prepared here."""
+        if name not in self.entries and self.file(name).exists():
+            raise PrepareError(
+                f"{self.file(name)}: is there and not in {self.manifest.name}, so it was not prepared here and would "
+                "be lost; move it away, or take another --output"
+            )
 
     def add(self, name: str, problems: list[Problem], *, origin: str) -> Entry:
         """Write a set: a training set without duplicates, a test set whole."""
@@ -455,10 +242,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.verify()
             print(f"{args.output}: {len(folder.entries)} files are as prepared")
             return 0
-        for name in map(canonical, args.sets):
+        against = {path.stem: load_jsonl(path) for path in args.against}
+        # all is read before anything is written: a file and its checksum in the manifest change together
+        loaded = {name: load_problems(name, args.file) for name in map(canonical, args.sets)}
+        for name in loaded:
+            folder.require_own(name)
+        for name, problems in loaded.items():
             origin = args.file.name if args.file else f"{SOURCES[name].hub} {SOURCES[name].split}"
-            folder.add(name, load_problems(name, args.file), origin=origin)
-        folder.check_overlap(against={path.stem: load_jsonl(path) for path in args.against}, remove=args.remove_overlap)
+            folder.add(name, problems, origin=origin)
+        folder.check_overlap(against=against, remove=args.remove_overlap)
         folder.save()
     except (PrepareError, TaskError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)

@@ -1,7 +1,9 @@
-"""What a run folder holds, for the tools that read finished runs. Errors name file, line and remedy."""
+"""What a run folder holds, for the tools that read runs, ended or not. Errors name file, line and remedy."""
 
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,38 @@ class RunError(ValueError):
 
 
 def read_jsonl(file: Path) -> list[Row]:
-    """The objects of a JSONL file, one a line. Raises RunError for anything else."""
+    """The objects of a JSONL file, one a line. Raises RunError for anything else.
+
+    A last line without its end, which a run writes just now or was killed in, is left out, and stderr says so.
+    """
     rows = []
     try:
         # Split on \n alone: str.splitlines would also split inside a string that holds U+2028.
-        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+        *lines, rest = file.read_bytes().split(b"\n")
     except OSError as error:
         raise RunError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
-    for number, line in enumerate(lines if lines != [b""] else [], start=1):
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise RunError(f"{file}, line {number}: not JSON ({error}); is the run still writing it?") from error
+            if number > len(lines):
+                _say_once(f"{file}, line {number}: left out, its end is not written; is the run still writing it?")
+                break
+            raise RunError(f"{file}, line {number}: not JSON ({error}); remove the line, or mend it") from error
         if not isinstance(row, dict):
             raise RunError(f"{file}, line {number}: {type(row).__name__} instead of an object; is this a run's file?")
         rows.append(row)
     return rows
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    """On stderr, whenever a tool reads a file twice."""
+    if text not in _said:
+        _said.add(text)
+        print(text, file=sys.stderr)
 
 
 def metrics(run: Path) -> dict[int, Row]:
@@ -42,10 +60,14 @@ def metrics(run: Path) -> dict[int, Row]:
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise RunError(f"{file}: no such file; name the folder of a run that has finished a step")
-    rows = {int(row["train/step"]): row for row in read_jsonl(file) if isinstance(row.get("train/step"), int | float)}
+    rows = {int(row["train/step"]): row for row in read_jsonl(file) if _is_number(row.get("train/step"))}
     if not rows:
         raise RunError(f"{file}: no line has train/step; the run has finished no step")
     return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def optional(run: Path, name: str) -> list[Row]:
@@ -58,11 +80,12 @@ _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 
 
 def sample_files(run: Path) -> dict[int, Path]:
-    """RUN/samples/step_NNNNNN.jsonl by step, in order."""
+    """RUN/samples/step_NNNNNN.jsonl by step, in order; what else lies there is nothing of the run's."""
 
     def found() -> Iterator[tuple[int, Path]]:
         for file in (run / "samples").glob("step_*.jsonl"):
-            if match := _STEP_FILE.fullmatch(file.name):
+            match = _STEP_FILE.fullmatch(file.name)
+            if match and file.name == f"step_{int(match[1]):06d}.jsonl" and file.is_file():
                 yield int(match[1]), file
 
     return dict(sorted(found()))

@@ -34,6 +34,10 @@ class Sample:
     truncated: bool
 
 
+_KINDS = {"id": str, "sample": int, "response": str, "tokens": int, "truncated": bool}
+"""A kept sample's keys."""
+
+
 class SampleFile:
     """JSONL: a header with the settings, then one sample a line in the order of their ends.
 
@@ -69,6 +73,9 @@ class SampleFile:
                 if number == 1:
                     self._check(row["evaluation"], settings)
                 else:
+                    for name, kind in _KINDS.items():
+                        if type(row[name]) is not kind:  # True is no number of tokens, and neither is NaN
+                            raise TypeError(f"{name} is {row[name]!r} instead of {kind.__name__}")
                     sample = Sample((row["id"], row["sample"]), row["response"], row["tokens"], row["truncated"])
                     self.samples[sample.key] = sample
             except (ValueError, KeyError, TypeError) as error:

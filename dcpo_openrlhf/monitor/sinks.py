@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,10 +35,11 @@ class JsonLines:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """Points from `first_step` on that an earlier part of the run left are hidden: they are made again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder))
+        self._board = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -85,11 +87,11 @@ class WeightsAndBiases:
 class MetricsLog:
     """The sinks of a run, in its folder; `config` is the whole recipe, for those that keep it."""
 
-    def __init__(self, folder: Path, m: Monitor, *, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, m: Monitor, *, config: dict[str, Any], first_step: int = 1) -> None:
         self._events = JsonLines(folder / "events.jsonl")
         self._sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl")]
         if m.tensorboard:
-            self._sinks.append(TensorBoard(folder / "tensorboard"))
+            self._sinks.append(TensorBoard(folder / "tensorboard", first_step=first_step))
         if m.wandb != "off":
             self._sinks.append(WeightsAndBiases(folder, mode=m.wandb, project=m.wandb_project, config=config))
 
@@ -114,3 +116,31 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
         f"T {m['dcpo/temperature']:g}  alpha {m['dcpo/alpha']:.3f}  length {m['rollout/length_mean']:.0f}  "
         f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s  ends about {ends}"
     )
+
+
+def final_table(
+    history: Sequence[dict[str, float]],
+    *,
+    method: str,
+    problems: int,
+    accuracies: tuple[float | None, float | None],
+    minutes: float,
+    peak_gib: float,
+) -> str:
+    """The run in one Markdown table: held-out accuracy, reward and entropy of the first and of the last step."""
+    first, last = history[0], history[-1]
+
+    def row(title: str, before: float | None, after: float | None) -> str:
+        numbers = ("-" if value is None else f"{value:.3f}" for value in (before, after))
+        return f"| {title} | {' | '.join(numbers)} |"
+
+    lines = [
+        f"| {method}, {len(history)} steps | before | after |",
+        "|---|---|---|",
+        row(f"held-out accuracy ({problems} problems)", *accuracies),
+        row("reward of the step's responses", first["rollout/reward_mean"], last["rollout/reward_mean"]),
+        row(f"entropy, nats/token (target {first['entropy/target']:g})", first["entropy/exact"], last["entropy/exact"]),
+        f"| minutes, evaluation and export included | | {minutes:.1f} |",
+        f"| peak memory of a policy process, GiB | | {peak_gib:.2f} |",
+    ]
+    return "\n".join(lines)

@@ -55,6 +55,7 @@ class PolicyActor(BaseModelActor):
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             total_updates=max_steps,
         )
+        self.step.stop_asked = ray.get_runtime_context().is_canceled
         self.mesh = self.step.mesh
         self._updates: list[Rows] = []
         self.weight_sync: Any = None
@@ -64,8 +65,8 @@ class PolicyActor(BaseModelActor):
         """PolicyStep or ZeroStep, and this rank's policy for it."""
         raise NotImplementedError
 
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Hugging Face names and shapes, without communication, in the order of `_tensors`."""
+    def _shapes(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Hugging Face names, dtypes and shapes, without communication, in the order of `_tensors`."""
         raise NotImplementedError
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,7 +83,7 @@ class PolicyActor(BaseModelActor):
             transport=recipe.transport,
             rank=self._rank,
             engines=engines,
-            source=LiveWeights(dtype=self.step.policy.dtype, shapes=self._shapes, tensors=self._tensors),
+            source=LiveWeights(shapes=self._shapes, tensors=self._tensors),
             deadline_s=recipe.weight_sync.deadline,
             engine_world_size=recipe.rollout.tensor_parallel,
             verify=recipe.weight_sync.verify,
@@ -217,7 +218,7 @@ class MegatronActorBase(PolicyActor):
         )
         return PolicyStep, build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=mesh)
 
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _shapes(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         from dcpo_openrlhf.policy.megatron.model import hf_shapes
 
         return hf_shapes(self.step.policy)
@@ -257,7 +258,7 @@ class ZeroActorBase(PolicyActor):
 
         return ZeroStep, build_policy(recipe)
 
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _shapes(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         from dcpo_openrlhf.policy.deepspeed.model import hf_shapes
 
         return hf_shapes(self.step.policy)

@@ -17,6 +17,14 @@ from dcpo_openrlhf.policy.rows import Packed, Rows
 from dcpo_openrlhf.policy.token_stats import token_stats
 from dcpo_openrlhf.recipe.schema import Loss
 
+ROUND = 8
+"""Micro-batches of a forward pass, for each pipeline stage, after which ranks ask whether they are to stop."""
+
+
+class Stopped(RuntimeError):
+    """A forward pass was left between micro-batches, as the driver asked; the weights are as before."""
+
+
 SUMS = ("loss", "count", "clip_high", "clip_low", "kl", "entropy", "tokens")
 """What `policy_loss` adds up for `metrics`."""
 
@@ -110,6 +118,14 @@ def policy_loss(
         "tokens": terms.token_count,
     }
     return terms.loss_sum, count.int().to(device), {k: v.double().cpu() for k, v in sums.items()}
+
+
+def require_going_on(asked: bool, device: torch.device) -> None:
+    """Raise Stopped on every rank where any was asked to stop; a collective of all ranks."""
+    flag = torch.tensor(asked, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    if flag:
+        raise Stopped("the forward pass was stopped between micro-batches; the weights are as before")
 
 
 def total(sums: list[dict[str, Tensor]]) -> Float[Tensor, "sums"]:

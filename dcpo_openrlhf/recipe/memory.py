@@ -4,10 +4,10 @@ From config.json and the recipe alone, before anything is started. Activations a
 (arXiv 2205.05198, Sec. 4): the tensors that each layer keeps for its backward pass.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
+from dcpo_openrlhf.recipe.families import Sizes, dense_part
 from dcpo_openrlhf.recipe.schema import Recipe
 
 GIB = 2**30
@@ -23,76 +23,6 @@ SHORT_ATTENTION = 512
 """On cpu, segments up to this length [tokens] are attended to by plain multiplies, which keep the softmax's weights:
 torch's fused kernel is slower there, 3.5 x in bf16 at 50 tokens (megatron/layers.py)."""
 BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of a model's config.json decides about memory and work."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    """Width of the dense MLP, or of one expert."""
-    query: int
-    """Heads * head size."""
-    key: int
-    """Key/value heads * head size."""
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    qkv_bias: bool
-    qk_norm: bool
-    experts: int
-    """0: a dense model."""
-    experts_per_token: int
-
-    @classmethod
-    def of(cls, hf: Mapping[str, Any]) -> "Sizes":
-        heads = hf["num_attention_heads"]
-        head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-        kv_heads = hf.get("num_key_value_heads") or heads
-        experts = hf.get("num_experts") or hf.get("num_local_experts") or 0  # transformers 5 writes the second
-        return cls(
-            layers=hf["num_hidden_layers"],
-            hidden=hf["hidden_size"],
-            ffn=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
-            query=heads * head_dim,
-            key=kv_heads * head_dim,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            vocab=hf["vocab_size"],
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=hf["model_type"] == "qwen2",
-            qk_norm=hf["model_type"].startswith("qwen3"),
-            experts=experts,
-            experts_per_token=hf.get("num_experts_per_tok") or 0,
-        )
-
-    @property
-    def expert_parameters(self) -> int:
-        """Of all experts of all layers."""
-        return self.layers * self.experts * 3 * self.hidden * self.ffn
-
-    @property
-    def parameters(self) -> int:
-        layer = dense_layer(self, 1)
-        return self.layers * layer + self.expert_parameters + (2 - self.tied) * self.vocab * self.hidden + self.hidden
-
-    @property
-    def active_parameters(self) -> int:
-        """That one token meets in a forward pass, the output layer included, the embedding not."""
-        idle = self.expert_parameters * (self.experts - self.experts_per_token) // max(self.experts, 1)
-        return self.parameters - idle - (0 if self.tied else self.vocab * self.hidden)
-
-
-def dense_layer(s: Sizes, tensor: int) -> int:
-    """Parameters of one layer on one of `tensor` ranks, experts not counted."""
-    cut = s.hidden * (2 * s.query + 2 * s.key) + (s.query + 2 * s.key) * s.qkv_bias
-    whole = 2 * s.hidden + 2 * s.head_dim * s.qk_norm
-    if s.experts:
-        return cut // tensor + whole + s.hidden * s.experts
-    return (cut + 3 * s.hidden * s.ffn) // tensor + whole
 
 
 class TrainerMemory(NamedTuple):
@@ -124,11 +54,12 @@ def stage_memory(s: Sizes, recipe: Recipe, stage: int) -> TrainerMemory:
     p, element = recipe.parallel, BYTES[recipe.model.dtype]
     if p.backend == "deepspeed":
         return _zero_memory(s, recipe)
-    layers, first, last = s.layers / p.pipeline, stage == 0, stage == p.pipeline - 1
+    layers, first, last = _layers_of(s, recipe, stage), stage == 0, stage == p.pipeline - 1
     table = _vocabulary_rows(s, recipe) // p.tensor * s.hidden
     tables = first + last if not s.tied or p.pipeline > 1 else 1
-    dense = layers * dense_layer(s, p.tensor) + tables * table + s.hidden * last
-    experts = s.expert_parameters / p.pipeline / p.expert / p.expert_tensor
+    dense = dense_part(s, p.tensor, layers) + tables * table + s.hidden * last
+    mixtures = len(range(max(layers.start, s.dense_layers), layers.stop)) / max(s.layers - s.dense_layers, 1)
+    experts = s.expert_parameters * mixtures / p.expert / p.expert_tensor
     dense_ranks = p.data * p.context
     expert_ranks = p.world_size / (p.expert * p.expert_tensor * p.pipeline)
     state = 12 if recipe.model.dtype == "bf16" else 8
@@ -143,6 +74,12 @@ def stage_memory(s: Sizes, recipe: Recipe, stage: int) -> TrainerMemory:
         logits=logits * element * _vocabulary_rows(s, recipe) / p.tensor,
         workspace=workspace,
     )
+
+
+def _layers_of(s: Sizes, recipe: Recipe, stage: int) -> range:
+    """Of one pipeline stage; interleaved ones are counted as if they stood together."""
+    each = s.layers // recipe.parallel.pipeline
+    return range(stage * each, (stage + 1) * each)
 
 
 def _zero_memory(s: Sizes, recipe: Recipe) -> TrainerMemory:
@@ -209,15 +146,18 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     # local: fp32 input and normalised input of torch's rms_norm; fused: the input alone
     norm = 8 if local and not cpu else e
     attention = e * (2 * s.query + 2 * s.key) + (e * s.query if local else 0)  # q, k, v and out; local gathers out anew
-    attention += (s.query + s.key) * norm * s.qk_norm
+    attention += (s.query + s.key) * norm * (s.qk_norm in ("head", "projection"))
     attention += 0 if cpu else 4 * e * s.head_dim  # rotary: cos and sin for q and k; on cpu all layers share them
     columns = (4 if hf else 3) * e * s.ffn  # gate and up, and their product; where SwiGLU is not fused silu(gate) too
     if cpu and recipe.rollout.context <= SHORT_ATTENTION and recipe.train.recompute != "selective":
-        attention += s.query // s.head_dim * recipe.rollout.context * e  # softmax's weights
+        attention += s.heads * recipe.rollout.context * e  # softmax's weights
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
+    if s.latent:  # compressed, normalised
+        hidden += (norm + e) * (s.latent.query_rank + s.latent.kv_rank) + 2 * e * s.latent.rope
     if s.experts:
         # tokens sent to experts and back, over as many ranks as send here: balanced routing is assumed
-        columns = s.experts_per_token * (columns / p.expert_tensor + 2 * e * s.hidden) * p.tensor / sequence
+        shared = columns / max(s.ffn, 1) * s.shared_ffn
+        columns = shared + s.experts_per_token * (columns / p.expert_tensor + 2 * e * s.hidden) * p.tensor / sequence
     return hidden / sequence + (attention + columns) / p.tensor
 
 
@@ -241,6 +181,8 @@ def engine_memory(s: Sizes, recipe: Recipe) -> EngineMemory:
     else:
         kv_cache = r.gpu_memory_utilization * recipe.parallel.device_memory_gb * GIB - weights - RESERVE["cuda"]
     token = 2 * s.layers * s.key * copied_kv / tensor * e
+    if s.latent:  # every rank holds the compressed keys and values
+        token = s.layers * (s.latent.kv_rank + s.latent.rope) * e
     return EngineMemory(weights, kv_cache, int(kv_cache // token))
 
 

@@ -1,15 +1,12 @@
-"""Which models are trained: the one list of what a config.json may say, and what the recipe asks of it."""
+"""What a config.json must say to be trained, and what the recipe asks of it; families.py lists the families."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dcpo_openrlhf.recipe import families
 from dcpo_openrlhf.recipe.schema import Recipe
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Values of model_type in config.json whose tensors the table names."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those that trainer and engine compute alike: vLLM's dynamic scales short sequences too, transformers' does not."""
 SIZES = (
     "num_attention_heads",
     "num_hidden_layers",
@@ -18,22 +15,10 @@ SIZES = (
     "max_position_embeddings",
     "vocab_size",
 )
-IMPLEMENTED = {
-    # keys of config.json whose other values would train another model than the engine serves
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 
 
 def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
-    for name, value in IMPLEMENTED.items():
-        if hf.get(name, value) != value:
-            yield f"{name} = {hf[name]!r} in {config} is not implemented, only {value!r}; use another model"
+    yield from families.not_implemented(hf, config)
     for name in ("quantization_config", "compression_config"):
         if quantised := hf.get(name):
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -49,8 +34,9 @@ def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
         )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        yield f"rope_type = {kind!r} in {config} is not implemented, only {', '.join(ROPE_TYPES)}; use another model"
+    types = families.rope_types(hf)
+    if kind not in types:
+        yield f"rope_type = {kind!r} in {config} is not implemented, only {', '.join(types)}; use another model"
     if rope.get("attention_factor") is not None:
         yield (
             f"attention_factor = {rope['attention_factor']!r} in {config} is not implemented: it is derived from "
@@ -68,16 +54,19 @@ def _rope(said: Any) -> dict[str, Any]:
 
 def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
     p = recipe.parallel
-    heads, experts = hf["num_attention_heads"], hf.get("num_experts")
-    counts = {"num_attention_heads": heads, "num_key_value_heads": hf.get("num_key_value_heads") or heads}
+    heads, experts, sizes = hf["num_attention_heads"], families.expert_count(hf), families.Sizes.of(hf)
+    counts = {"num_attention_heads": heads, "num_key_value_heads": sizes.kv_heads}
     width = "moe_intermediate_size" if experts else "intermediate_size"
     cut = {width: hf[width]}  # experts that are shared out stay whole in the trainer, never in the engine
-    for key, tensor, sizes in (
-        ("parallel.tensor", p.tensor, counts | (cut if p.expert == 1 else {})),
+    counts |= {"intermediate_size": sizes.dense_ffn} if sizes.dense_layers and experts else {}
+    counts |= {"n_shared_experts * moe_intermediate_size": sizes.shared_ffn} if sizes.shared_ffn else {}
+    compressed = sizes.latent.cut if sizes.latent else {}
+    for key, tensor, divided in (
+        ("parallel.tensor", p.tensor, counts | compressed | (cut if p.expert == 1 else {})),
         ("rollout.tensor_parallel", recipe.rollout.tensor_parallel, counts | cut),
     ):
-        allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in sizes.values()))
-        for name, count in sizes.items():
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in divided.values()))
+        for name, count in divided.items():
             # vLLM gives each rank a copy where there are more ranks than key/value heads
             copied = key.startswith("rollout") and name == "num_key_value_heads" and tensor % count == 0
             if count % tensor and not copied:
@@ -96,7 +85,7 @@ def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
     if not experts and p.expert > 1:
         yield f"parallel.expert = {p.expert} needs a model with experts, got model_type = {hf['model_type']!r}; set 1"
     if experts and experts % p.expert:
-        yield f"parallel.expert = {p.expert} must divide num_experts = {experts}; lower it"
+        yield f"parallel.expert = {p.expert} must divide {families.family_of(hf).experts} = {experts}; lower it"
     if experts and p.tensor > 1 and not p.sequence_parallel:
         yield (
             f"parallel.tensor = {p.tensor} of a model with experts needs parallel.sequence_parallel = true: "

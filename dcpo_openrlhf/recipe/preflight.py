@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.methods import METHODS
-from dcpo_openrlhf.recipe import memory, model_config, processor, resume, weights
+from dcpo_openrlhf.recipe import families, memory, model_config, processor, resume, weights
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 TESTED = {
@@ -176,14 +176,14 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"{config} cannot be read as JSON: {error}; download the model again"
         return
-    if not isinstance(hf, dict) or hf.get("model_type") not in model_config.ARCHITECTURES:
+    if not isinstance(hf, dict) or hf.get("model_type") not in families.FAMILIES:
         seen = hf.get("model_type") if isinstance(hf, dict) else hf
-        yield f"model_type = {seen!r} in {config} is not supported; use one of {', '.join(model_config.ARCHITECTURES)}"
+        yield f"model_type = {seen!r} in {config} {families.why_not(seen)}"
         return
-    if "num_local_experts" in hf:  # what transformers 5 writes for it
-        hf.setdefault("num_experts", hf["num_local_experts"])
-    sizes = model_config.SIZES + (("num_experts", "moe_intermediate_size") if hf["model_type"].endswith("moe") else ())
-    missing = [name for name in sizes if not isinstance(hf.get(name), int)]
+    family = families.family_of(hf)
+    if family.experts:
+        hf[family.experts] = families.expert_count(hf) or None
+    missing = [name for name in (*model_config.SIZES, *families.counts(family)) if not isinstance(hf.get(name), int)]
     if missing:
         yield f"{config} has no {', '.join(missing)}; complete it from the model's source"
         return
@@ -206,7 +206,7 @@ def _disk(recipe: Recipe) -> Iterator[str]:
     try:
         sizes = memory.Sizes.of(json.loads((recipe.model.path / "config.json").read_text()))
         free = shutil.disk_usage(_nearest(recipe.run.dir)).free
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # said elsewhere, or not known here
     need = memory.disk_bytes(sizes, recipe)
     if need > free:
@@ -292,13 +292,27 @@ def _replay(recipe: Recipe) -> Iterator[str]:
     if folder is None:
         return
     samples = folder / "samples" if os.path.isdir(folder / "samples") else folder
-    recorded = [step for step in range(1, recipe.train.steps + 1) if os.path.isfile(samples / f"step_{step:06d}.pt")]
+    steps = range(1, recipe.train.steps + 1)
+    recorded = [step for step in steps if os.path.isfile(samples / f"step_{step:06d}.pt")]
     if samples.absolute() == (recipe.run.dir / "samples").absolute():
         yield f"rollout.replay = {folder} is the run.dir itself; name another run.dir"
     if len(recorded) < recipe.train.steps:
         yield (
             f"rollout.replay = {folder} holds the responses of {len(recorded)} of {recipe.train.steps} steps "
             "(step_NNNNNN.pt); record them with rollout.record=true, or lower train.steps"
+        )
+    others = []
+    if METHODS.get(recipe.method.name, METHODS["grpo"]).samples == "policy+tempered":
+        others += [f"tempered_{step:06d}.pt" for step in steps]
+    e = recipe.evaluation
+    if e.problems and (recipe.task.kind == "arithmetic" or recipe.task.heldout):
+        times = {0, recipe.train.steps} | ({step for step in steps if step % e.every == 0} if e.every else set())
+        others += [f"evaluation_{step:06d}.pt" for step in sorted(times)]
+    if missing := [name for name in others if not os.path.isfile(samples / name)]:
+        yield (
+            f"rollout.replay = {folder} lacks {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}, which "
+            "evaluation and rows drawn at T will ask for; record them with the same evaluation.* and method.name, or "
+            "set evaluation.problems=0"
         )
 
 

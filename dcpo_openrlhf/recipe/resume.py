@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import to_jsonable_python
 
-from dcpo_openrlhf.checkpoint import STEP_NAME, Checkpoint, damage, newest_whole
+from dcpo_openrlhf.checkpoint import STATE, STEP_NAME, Checkpoint, damage, newest_whole
 from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
+REPORT = "report.md"
+_OF_A_STEP = re.compile(r"(?:step|evaluation|tempered)_(\d{6,})")
 MAY_DIFFER = (
     # where a run happens, how long things may take, what is kept: none of it is in the numbers
     "run.dir",
@@ -29,6 +32,9 @@ MAY_DIFFER = (
     "run.shutdown_timeout",
     "model.path",
     "model.config",
+    # the problems themselves are compared by their fingerprints
+    "task.train",
+    "task.heldout",
     "reward.workers",
     "parallel.",
     "rollout.engines",
@@ -70,16 +76,25 @@ def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
             f"{found.path} belongs to another recipe; set these back or start a new run.dir:\n"
             + "\n".join(f"    {line}" for line in refused)
         )
-    if found.step >= recipe.train.steps:
+    if found.step > recipe.train.steps:
         raise RecipeError(
-            f"{found.path} is at step {found.step} and train.steps = {recipe.train.steps}: nothing is left to do; "
-            "raise train.steps"
+            f"{found.path} is at step {found.step}, beyond train.steps = {recipe.train.steps}; raise train.steps, or "
+            "resume from an earlier one"
         )
     if not quick:
         logger.info("resuming after step %d from %s", found.step, found.path)
         for line in tolerated:
             logger.info("  differs from the checkpoint: %s", line)
     return found
+
+
+def finished(recipe: Recipe) -> bool:
+    """Has the run that the recipe resumes done its steps and written its report? RecipeError as `resume_point`.
+
+    The report is a run's last file; one of fewer steps lies in cut/ since the run went on.
+    """
+    point = resume_point(recipe, quick=True)
+    return point is not None and point.step == recipe.train.steps and (recipe.run.dir / REPORT).is_file()
 
 
 def keep_chosen(recipe: Recipe) -> Recipe:
@@ -112,9 +127,14 @@ def _recorded(recipe: Recipe) -> dict[str, Any]:
 def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:
     """The checkpoint that `checkpoint.resume` names; RecipeError for one that is damaged."""
     resume = recipe.checkpoint.resume
-    if resume == "auto":
-        return newest_whole(recipe.run.dir / "checkpoints", quick=quick)
-    return _named(Path(resume), quick)
+    auto = resume == "auto"
+    found = newest_whole(recipe.run.dir / "checkpoints", quick=quick) if auto else _named(Path(resume), quick)
+    if found and not (found.path / STATE).is_file():  # tools.import_hf writes weights alone
+        raise RecipeError(
+            f"checkpoint.resume = {resume}: {found.path} belongs to no run (no {STATE}), as tools.import_hf writes it; "
+            "start from the Hugging Face folder that it was made of: model.path=DIR and checkpoint.resume=never"
+        )
+    return found
 
 
 def _named(path: Path, quick: bool) -> Checkpoint:
@@ -130,13 +150,14 @@ def _named(path: Path, quick: bool) -> Checkpoint:
 
 def differences(saved: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[str]]:
     """("key: saved -> now" of those that would change the run, the same of those that may differ)."""
-    # a checkpoint from before these keys
-    older = {"parallel.backend": "megatron", "task.chat_template_kwargs": {}, "rollout.stop": []}
-    old, new = older | _flat(saved), _flat(recipe.model_dump(mode="json"))
+    # a checkpoint from before a key existed ran as the key's default says
+    old, new = _defaults() | _flat(saved), _flat(recipe.model_dump(mode="json"))
     lines: tuple[list[str], list[str]] = ([], [])
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            lines[_may_differ(key, recipe)].append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    for key in sorted(old.keys()):
+        if key not in new:
+            lines[0].append(f"{key}: {old[key]!r} in the checkpoint, and this version has no such key")
+        elif old[key] != new[key]:
+            lines[_may_differ(key, recipe)].append(f"{key}: {old[key]!r} -> {new[key]!r}")
     return lines
 
 
@@ -154,22 +175,38 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
 
 
+def _defaults() -> dict[str, Any]:
+    """Every key that has a default, as a recipe's JSON has it."""
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {
+        f"{name}.{key}": to_jsonable_python(field.default)
+        for name, section in sections.items()
+        for key, field in section.model_fields.items()  # type: ignore[union-attr]
+        if not field.is_required()
+    }
+
+
 def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
     """A run folder that holds nothing beyond the checkpoint's step; what it held is moved to cut/NNN/, nothing is lost.
 
     Rows of *.jsonl whose step is above the checkpoint's (and a torn last line), samples and checkpoints of later steps,
-    and the recipe that was in force.
+    evaluations that will be made again, the report, and the recipe that was in force. Files that no run writes stay.
     """
     folder, last = recipe.run.dir, point.step if point else 0
+    evaluated = last - 1 if last in (0, recipe.train.steps) else last
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.checkpoint.resume != "never" and (folder / "recipe.yaml").exists():
-        cut = folder / "cut" / f"{len(list((folder / 'cut').glob('*'))) + 1:03d}"
+        earlier = [int(path.name) for path in (folder / "cut").glob("*") if path.name.isdigit()]
+        cut = folder / "cut" / f"{max(earlier, default=0) + 1:03d}"
         cut.mkdir(parents=True)
         shutil.copy2(folder / "recipe.yaml", cut)
+        for made in (REPORT, "hf"):  # of the steps that are made again
+            if (folder / made).exists():
+                (folder / made).rename(cut / made)
         for file in folder.glob("*.jsonl"):
-            _cut_rows(file, cut / file.name, last)
+            _cut_rows(file, cut / file.name, evaluated if file.name == "evaluation.jsonl" else last)
         for later in [*folder.glob("samples/*_*"), *folder.glob("checkpoints/step_*")]:
-            if int(re.findall(r"\d+", later.name)[0]) > last:
+            if (number := _OF_A_STEP.match(later.name)) and int(number[1]) > last:
                 (cut / later.parent.name).mkdir(exist_ok=True)
                 later.rename(cut / later.parent.name / later.name)
     (folder / "recipe.yaml").write_text(resolved_yaml(recipe))

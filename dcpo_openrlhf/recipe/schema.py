@@ -1,5 +1,6 @@
 """The recipe: every setting of a run, its type, its default and its rule. Nothing else in the package has defaults."""
 
+import contextlib
 import datetime
 import os
 from pathlib import Path
@@ -10,7 +11,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from dcpo_openrlhf.recipe.processor import native_dtype
 from dcpo_openrlhf.recipe.rules import rules
 
-Expanded = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path)).expanduser())]
+
+def _expanded(path: Path) -> Path:
+    try:
+        found = Path(os.path.expandvars(path)).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"is no path here ({error})") from None
+    return found
+
+
+Expanded = Annotated[Path, AfterValidator(_expanded)]
 """A path in which ~ and $VARIABLES are filled in."""
 Positive = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=1024, le=65535)]
@@ -28,7 +40,7 @@ class Section(BaseModel):
 class Run(Section):
     dir: Expanded = Path("runs/dcpo")
     """Run folder: resolved recipe, metrics, checkpoints, samples, report."""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Seed of prompts, engine sampling and weight initialisation."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cuda: nccl and GPUs. cpu: gloo and Ray's logical devices; the same code."""
@@ -133,8 +145,8 @@ class Optimizer(Section):
     """Course of the learning rate after the warm-up; linear and cosine end at min_learning_rate at the last update."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     warmup_updates: Annotated[int, Field(ge=0)] = 0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """As in the authors' code."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -270,6 +282,8 @@ class Checkpoint(Section):
     """SIGTERM and SIGINT save the state after the last finished step before the run ends."""
     signal_timeout: Annotated[float, Field(gt=0)] = 10.0
     """Seconds that finishing the update in progress and saving may take after a signal; then the run ends unsaved."""
+    error_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that saving the last finished step may take after an error that ends the run."""
     export_hf: bool = True
     """Write a Hugging Face folder after the last step."""
 

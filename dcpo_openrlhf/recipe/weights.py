@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dcpo_openrlhf.recipe.memory import Sizes
+from dcpo_openrlhf.recipe.families import Sizes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEADER_BYTES = 10**8
@@ -103,8 +103,7 @@ def _names(folder: Path, held: set[str], hf: Any) -> Iterator[str]:
     if unread := sorted(name for name in held - needed - needless if not NEEDLESS.fullmatch(name)):
         yield (
             f"{folder} holds {_list(unread)}, which nothing would read for its config.json: the policy would be "
-            "another model than its weights; use the model's own config.json, or an unquantised model of a known "
-            "architecture"
+            "another model than its weights; use the model's own config.json, or an unquantised model of a known family"
         )
 
 
@@ -114,8 +113,8 @@ def names(s: Sizes) -> Iterator[str]:
     if not s.tied:
         yield "lm_head.weight"
     attention = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
-    attention += ["q_proj.bias", "k_proj.bias", "v_proj.bias"] * s.qkv_bias
-    attention += ["q_norm.weight", "k_norm.weight"] * s.qk_norm
+    attention += [f"{name}_proj.bias" for name in s.bias]
+    attention += ["q_norm.weight", "k_norm.weight"] * (s.qk_norm != "none")
     mlp = [f"{part}_proj.weight" for part in ("gate", "up", "down")]
     if s.experts:
         mlp = ["gate.weight", *(f"experts.{e}.{name}" for e in range(s.experts) for name in mlp)]

@@ -1,25 +1,113 @@
-"""Are two answers equal? Integers and decimals as numbers, the rest by math-verify."""
+"""Are two answers equal? Words and choices by rules, numbers exactly, formulas by algebra.
 
-import math
-import re
+`settle` is for the caller's process: bounded, and without a library. What it leaves open is for `symbolic_equal`, in a
+process that can be killed.
+"""
+
 from collections.abc import Sequence
 
-from dcpo_openrlhf.reward.extract import EXTRACTORS, LATEX_SPACE, MINUS, Extractor, as_integer
+from dcpo_openrlhf.reward import algebra
+from dcpo_openrlhf.reward.extract import EXTRACTORS, Extractor, as_integer
+from dcpo_openrlhf.reward.matching import Oracle, match
+from dcpo_openrlhf.reward.normalise import normalise, spoken
+from dcpo_openrlhf.reward.reader import has_standing, read
+from dcpo_openrlhf.reward.tokens import Node, Token, Unreadable, drop_grouping, same, tokenise
+from dcpo_openrlhf.reward.words import verdict
 
 # A final answer is short: anything longer is wrong, not worth a worker's time, and might not fit into a pipe at once.
 MAX_ANSWER_CHARS = 2000
-_MANTISSA = rf"[+{MINUS}]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_E_NOTATION = re.compile(rf"(?P<mantissa>{_MANTISSA})[eE](?P<exponent>[+-]?[0-9]+)")
-_DECIMAL = re.compile(
-    rf"(?P<mantissa>{_MANTISSA})(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|\u00d7)\s*10\s*\^)(?P<exponent>[+-]?[0-9]+))?"
-)
 
 
-def as_decimal(text: str) -> float | None:
-    r"""The number that the whole text is, as 0.12, 1.2e-5 or 1.2 \times 10^{-5}; None where it is anything else."""
-    plain = LATEX_SPACE.sub("", re.sub(r"\{([+-]?[0-9]+)\}", r"\1", text)).strip()
-    match = _DECIMAL.fullmatch(plain)
-    return None if match is None else float(f"{match['mantissa']}e{match['exponent'] or 0}".replace(MINUS[0], "-"))
+class Undecided(Exception):
+    """Only algebra can tell."""
+
+
+def _equal_exactly(gold: Node, found: Node) -> bool:
+    """The caller's answer for two formulas; raises Undecided where they are not both rational and of moderate size."""
+    if gold == found:
+        return True
+    try:
+        a, b = algebra.exact(gold), algebra.exact(found)
+    except algebra.TooLarge:
+        raise Undecided from None
+    except ArithmeticError:
+        return False
+    if a is None or b is None:
+        raise Undecided
+    return a == b or _rounded(gold, found, b)
+
+
+def _rounded(gold: Node, found: Node, value: "algebra.Fraction") -> bool:
+    decimal, other = algebra.decimal_of(gold), algebra.decimal_of(found)
+    return decimal is not None and algebra.rounds_to(decimal, value, other[1] if other else None)
+
+
+def _no_proportion(gold: Node, found: Node) -> float:
+    raise Undecided
+
+
+def _equal_by_algebra(gold: Node, found: Node) -> bool:
+    try:
+        return _equal_exactly(gold, found)
+    except Undecided:
+        decimal = algebra.decimal_of(gold)
+        return algebra.equal(gold, found) or (decimal is not None and algebra.approximates(decimal, found))
+
+
+EXACT = Oracle(_equal_exactly, _no_proportion)
+ALGEBRA = Oracle(_equal_by_algebra, algebra.proportion)
+
+
+def answers_equal(gold: str, found: str, ask: Oracle) -> bool:
+    """Whether the found answer is the gold; raises Undecided where the oracle does."""
+    gold, found = normalise(gold), normalise(found)
+    mine, other = tokenise(gold), tokenise(found)
+    if same(drop_grouping(_lower(mine)), drop_grouping(_lower(other))):
+        return True
+    result = verdict(spoken(gold), spoken(found))
+    if result is not None:
+        return result
+    if has_standing(other) - has_standing(mine):
+        return False
+    return any(match(g, f, ask) for g, f in _readings(gold, found, mine, other))
+
+
+def _lower(tokens: list[Token]) -> list[Token]:
+    """Words of text in small letters, where they are written as words are."""
+    return [
+        t._replace(text=t.text.lower()) if t.kind == "word" and (t.text.istitle() or t.text.islower()) else t
+        for t in tokens
+    ]
+
+
+def _readings(gold: str, found: str, mine: list[Token], other: list[Token]) -> list[tuple[Node, Node]]:
+    """Pairs of trees that the two may mean: 100,200 is a list to a gold that is one, 12 m a length to a bare 12."""
+    pairs = []
+    trees = [_tree(mine), _tree(other)]
+    if trees[0] is None:
+        return []
+    if trees[1] is not None:
+        pairs.append((trees[0], trees[1]))
+    if trees[0][0] == "list" and "," in found:
+        apart = _tree(tokenise(found, commas=False))
+        if apart is not None and apart != trees[1]:
+            pairs.append((trees[0], apart))
+    if not algebra.symbols(trees[0]) or trees[0][0] == "qty":
+        measured = _tree(other, bare_units=True)
+        if measured is not None and measured[0] == "qty" and measured != trees[1]:
+            pairs.append((trees[0], measured))
+    elif trees[1] is not None and trees[1][0] == "qty":
+        measured = _tree(mine, bare_units=True)
+        if measured is not None and measured[0] == "qty":
+            pairs.append((measured, trees[1]))
+    return pairs
+
+
+def _tree(tokens: list[Token], *, bare_units: bool = False) -> Node | None:
+    try:
+        return read(tokens, bare_units=bare_units)
+    except Unreadable:
+        return None
 
 
 def settle(extracted: str | None, answer: str) -> float | None:
@@ -31,15 +119,24 @@ def settle(extracted: str | None, answer: str) -> float | None:
     gold, found = as_integer(answer), as_integer(extracted)
     if gold is not None and found is not None:
         return float(gold == found)
-    gold_value, value = as_decimal(answer), as_decimal(extracted)
-    if gold_value is None or value is None:
+    try:
+        return float(answers_equal(answer, extracted, EXACT))
+    except Undecided:
         return None
-    # math-verify rounds to six decimals, and so takes 2e-19 for 1e-27. Six significant digits hold at every scale.
-    return float(math.isclose(gold_value, value, rel_tol=1e-6 if gold is None else 1e-12))
+    except RecursionError:
+        return 0.0
+
+
+def symbolic_equal(gold: str, found: str) -> bool:
+    """Whether the two are equal, with algebra. It has no time limit: only for a process that can be killed."""
+    try:
+        return answers_equal(gold, found, ALGEBRA)
+    except RecursionError:
+        return False
 
 
 def check_answers(extractor: str, answers: Sequence[str]) -> None:
-    """Raise ValueError for an unknown extractor, or an answer that it cannot meet."""
+    """Raise ValueError for an unknown extractor, or an answer that it cannot meet. For the start of a run."""
     if extractor not in EXTRACTORS:
         raise ValueError(f"extractor must be one of {sorted(EXTRACTORS)}, not {extractor!r}")
     for answer in answers:
@@ -47,32 +144,6 @@ def check_answers(extractor: str, answers: Sequence[str]) -> None:
             raise ValueError(f'extractor "last_integer" needs integer answers, not {answer!r}; use "boxed"')
         if len(answer) > MAX_ANSWER_CHARS:
             raise ValueError(f"an answer has at most {MAX_ANSWER_CHARS} characters, not {len(answer)}: {answer[:60]!r}")
-
-
-_BARE_POINT = re.compile(r"(?<=[0-9])\.(?![0-9])")
-
-
-def _forms(text: str) -> list[str]:
-    """The text without a bare point ("D.", "1./3") and, for e-notation, its power of ten: LaTeX reads e33 as e * 33."""
-    text = _BARE_POINT.sub("", text.strip()).removesuffix(".")
-    match = _E_NOTATION.fullmatch(text)
-    return [text] if match is None else [text, f"{match['mantissa']} \\cdot 10^{{{match['exponent']}}}"]
-
-
-def symbolic_equal(gold: str, found: str) -> bool:
-    """Whether math-verify finds the two equal. It has no time limit: only for a process that can be killed.
-
-    Only the box is read ("first_match"): by default math-verify falls back to any number in a text it cannot parse.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    def read(text: str) -> list:
-        config = [LatexExtractionConfig(boxed_match_priority=0)]
-        return parse(f"\\boxed{{{text}}}", config, extraction_mode="first_match", parsing_timeout=None)  # type: ignore
-
-    found_forms = [read(form) for form in _forms(found)]
-    golds = [read(form) for form in _forms(gold)]
-    return any(verify(g, f, timeout_seconds=None) for g in golds for f in found_forms)
 
 
 def grade(response: str, answer: str, *, extractor: Extractor) -> float:

@@ -1,7 +1,7 @@
-"""Success of a response, in {0, 1}: extract the final answer, compare numbers here, leave the rest to math-verify.
+"""Success of a response, in {0, 1}: extract the final answer, settle here what needs no algebra.
 
-math-verify can hang, in Python and in C, and its own timeouts need the main thread's SIGALRM. So symbolic comparisons
-run in worker processes (worker.py) that are killed at a deadline and replaced.
+Algebra can hang, in Python and in C (factorials of six digits), where no signal handler of Python runs. So symbolic
+comparisons run in worker processes (worker.py) that are killed at a deadline and replaced.
 """
 
 import json
@@ -38,7 +38,7 @@ class Grade:
     crashed: bool = False
 
 
-START_LIMIT_S = 600.0  # importing sympy takes 3 s, much longer where all cores are busy
+START_LIMIT_S = 600.0  # importing mpmath takes 0.2 s, much longer where all cores are busy
 
 
 class _Worker:
@@ -183,7 +183,7 @@ class GraderPool:
             if not started:
                 raise GraderError(
                     f"a grading worker exited with code {code} before it was ready; its error is on stderr above; "
-                    f"check that `{sys.executable} -c 'import math_verify'` works"
+                    f"check that `{sys.executable} -c 'import mpmath'` works"
                 )
             if pair is not None:
                 outcomes[pair] = "crashed"

@@ -1,7 +1,6 @@
 """A grading worker: `python -m dcpo_openrlhf.reward.worker SECONDS`, one comparison at a time, killed from outside."""
 
 import json
-import logging
 import math
 import os
 import signal
@@ -10,7 +9,7 @@ import sys
 from dcpo_openrlhf.reward.compare import symbolic_equal
 
 READY, EQUAL, UNEQUAL = b"r", b"1", b"0"  # a worker's replies are single bytes: no partial reads
-WORKER_MEMORY_BYTES = 4 * 2**30  # address space; sympy needs 0.3 GiB, 10^(10^10) would take all there is
+WORKER_MEMORY_BYTES = 4 * 2**30  # address space; a worker needs 0.1 GiB
 
 
 def main(deadline_s: float) -> None:
@@ -25,9 +24,8 @@ def main(deadline_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     replies = os.dup(1)
     os.dup2(2, 1)  # what a library prints is not a reply
-    import math_verify  # noqa: F401  # before READY, so that no comparison pays for it
+    import mpmath  # noqa: F401  # before READY, so that no comparison pays for it
 
-    logging.disable(logging.WARNING)  # math-verify warns that it has no time limit
     os.write(replies, READY)
     for line in sys.stdin:
         # The kernel ends this process even inside C code, should the parent die before the deadline.

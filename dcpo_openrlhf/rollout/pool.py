@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group as make_placement_group
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.rollout.engine import RolloutEngine
 
@@ -209,6 +211,10 @@ def shutdown_engines(engines: Sequence["ActorHandle"], timeout_s: float = 30.0) 
         ray.kill(engine)
 
 
+class EngineError(RunError):
+    """A rollout engine died or did not answer; names it, and what to do."""
+
+
 def gather(
     calls: Sequence["ray.ObjectRef"],
     engine_of: Sequence[int],
@@ -217,7 +223,7 @@ def gather(
     doing: str,
     remedy: str,
     who: str = "rollout engine",
-    error: type[RuntimeError] = RuntimeError,
+    error: type[RunError] = EngineError,
 ) -> list[Any]:
     """Results in the order of `calls`; `error` naming the engine (`who` it is) when one dies or `timeout_s` is over."""
     position = {call: index for index, call in enumerate(calls)}
@@ -232,6 +238,11 @@ def gather(
                 results[position[call]] = ray.get(call)
             except RayActorError as death:
                 raise error(f"{who} {engine_of[position[call]]} died while {doing}; {remedy}: {death}") from death
+            except RayTaskError as failure:
+                if not isinstance(failure.cause, EngineDeadError):
+                    raise
+                dead = f"{who} {engine_of[position[call]]} died while {doing}: vLLM's worker behind it is gone"
+                raise error(f"{dead}; {remedy}") from failure
         if pending and time.monotonic() >= ends:
             late = Counter(engine_of[position[call]] for call in pending)
             kind = who.split()[-1]

@@ -222,7 +222,7 @@ class PromptStream:
             raise TaskError(f"problem ids must be unique: {len(problems)} problems, {len(ids)} ids")
         self._prompts = [Prompt(problem, text) for problem, text in zip(problems, prompts, strict=True)]
         self._seed = seed
-        self.fingerprint = _fingerprint(self._prompts)
+        self.fingerprint = fingerprint(self._prompts)
         self._start_epoch(0)
 
     def _start_epoch(self, epoch: int) -> None:
@@ -265,7 +265,17 @@ class PromptStream:
         self.position = state["position"]
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
+def require_same_heldout(prompts: Sequence[Prompt], saved: str | None) -> None:
+    """Raise TaskError where the held-out prompts are not the checkpoint's; None: it is from before they were kept."""
+    if saved is not None and saved != (now := fingerprint(prompts)):
+        raise TaskError(
+            f"cannot resume: the held-out problems or their prompts changed (fingerprint {saved} in the checkpoint, "
+            f"{now} now), so that accuracies before and after are not of the same problems; give the run its own "
+            "(task.heldout, evaluation.problems), or start a new run"
+        )
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
     """sha256 of all problems and texts, in the order of their ids, as 16 hex digits."""
     rows = sorted([p.problem.id, p.problem.problem, p.problem.answer, p.text] for p in prompts)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

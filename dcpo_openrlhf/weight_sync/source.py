@@ -10,21 +10,20 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 class LiveWeights(WeightSource):
     """Hugging Face tensors of the live policy; iteration is a collective of the policy's ranks.
 
-    dtype: of every tensor. shapes: names and full shapes in the order of `tensors`, without communication.
+    shapes: names, dtypes and full shapes in the order of `tensors`, without communication.
     """
 
     def __init__(
         self,
         *,
-        dtype: torch.dtype,
-        shapes: Callable[[], Iterator[tuple[str, tuple[int, ...]]]],
+        shapes: Callable[[], Iterator[tuple[str, torch.dtype, tuple[int, ...]]]],
         tensors: Callable[[], Iterator[tuple[str, Tensor]]],
     ) -> None:
-        self._dtype, self._shapes, self._tensors = dtype, shapes, tensors
+        self._shapes, self._tensors = shapes, tensors
 
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and full shape of every tensor, in the order of iteration; nothing is gathered."""
-        return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes()]
+        return [ParamMeta(*meta) for meta in self._shapes()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._tensors()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError, TaskCancelledError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcpo_openrlhf import local_ray
@@ -105,3 +106,18 @@ def test_rows_are_dealt_by_data_rank_and_come_back_in_order(stack) -> None:
         group.async_run_method_batch("token_statistics", rows=batches[::-1], temperatures=[[0.8], [0.8]])
     )
     assert torch.equal(both[0]["logp"], again[1]["logp"]) and torch.equal(both[1]["entropy"], again[0]["entropy"])
+
+
+def test_a_cancelled_forward_pass_ends_before_its_end_and_the_next_call_is_served(stack) -> None:
+    group, _ = stack
+    from tests.policy.megatron.common import random_rows
+
+    many = random_rows(batch=4000)
+    refs = group.async_run_method_batch("token_statistics", rows=[many] * 50, temperatures=[[0.8]] * 50)
+    for ref in refs:
+        ray.cancel(ref)
+    with pytest.raises((RayTaskError, TaskCancelledError)):
+        ray.get(refs, timeout=HANG_S)
+    small = random_rows(seed=0)
+    refs = group.async_run_method_batch("token_statistics", rows=[small], temperatures=[[0.8]])
+    assert group.gather(refs)[0]["logp"].shape == small.action_mask.shape

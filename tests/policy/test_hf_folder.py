@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcpo_openrlhf.policy.hf_folder import write_hf_folder
+from dcpo_openrlhf.policy.hf_folder import strangers, write_hf_folder
 from tests.tiny import make_tiny_model
 
 SMALL = 100_000
@@ -90,6 +90,30 @@ def test_a_second_export_replaces_the_first(source: Path, tensors: dict[str, Ten
     assert [file.name for file in output.glob("model*")] == ["model.safetensors"]
     written = load_file(output / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in newer.items())
+
+
+@pytest.mark.parametrize("added", ["README.md", "notes.txt", "other.safetensors", "folder"])
+def test_what_is_no_export_is_kept_under_another_name(
+    source: Path, tensors: dict[str, Tensor], tmp_path: Path, added: str
+) -> None:
+    output = write_hf_folder(tensors.items(), source=source, output=tmp_path / "hf")
+    assert strangers(output) == [] and "config.json" in strangers(source)
+    (output / added).mkdir() if added == "folder" else (output / added).write_text("mine")
+    assert strangers(output) == [added]
+    before = contents(output)
+    for _ in range(2):
+        write_hf_folder(tensors.items(), source=source, output=output)
+    assert contents(tmp_path / "hf.old-1") == before and (tmp_path / "hf.old-1" / added).exists()
+    assert strangers(output) == [] and sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.old-1"]
+
+
+def test_an_export_that_the_policy_started_from_is_kept(
+    source: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    first = write_hf_folder(tensors.items(), source=source, output=tmp_path / "hf")
+    before = contents(first)
+    write_hf_folder([(name, tensor + 1) for name, tensor in tensors.items()], source=first, output=first)
+    assert contents(tmp_path / "hf.old-1") == before != contents(first)
 
 
 def test_interrupted_write_leaves_the_old_folder_untouched(

@@ -14,7 +14,7 @@ from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import GIB, Sizes
 from dcpo_openrlhf.recipe.schema import Recipe
 from tests.bounds import HANG_S
-from tests.tiny import make_tiny_model
+from tests.tiny import ARCHITECTURE_FIELDS, make_tiny_model
 from tools.smollm2 import default_output
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_parameters_are_those_published(name: str) -> None:
     assert (s.parameters / 1e9, s.active_parameters / 1e9) == pytest.approx((total, active), abs=0.001)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ARCHITECTURE_FIELDS)
 @pytest.mark.parametrize("tie", [True, False])
 def test_parameters_are_those_of_transformers(architecture: str, tie: bool, tmp_path: Path) -> None:
     from safetensors import safe_open

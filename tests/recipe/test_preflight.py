@@ -121,7 +121,7 @@ def test_broken_model_config(violations: Check, model_with: Callable[..., Path],
     folder = model_with()
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     line = only(violations({"model.path": folder}))
-    assert "cannot be read as JSON" in line or "is not supported; use one of llama, qwen2" in line
+    assert "cannot be read as JSON" in line or "is not supported; use one of llama, mistral" in line
 
 
 def test_model_config_without_sizes(violations: Check, model_with: Callable[..., Path]) -> None:
@@ -132,9 +132,14 @@ def test_model_config_without_sizes(violations: Check, model_with: Callable[...,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gemma2"}, "model_type = 'gemma2' in .* is not supported; use one of llama, qwen2, qwen3"),
+        (
+            {"model_type": "gemma2"},
+            "model_type = 'gemma2' in .* is not supported; use one of llama, mistral, qwen2, qwen3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' in .* is not implemented, only 'silu'; use another model"),
-        ({"attention_bias": True}, "attention_bias = True in .* is not implemented, only False"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True in .* is not implemented, only False"),
+        ({"model_type": "gpt_oss"}, "model_type = 'gpt_oss' in .* is not supported: its experts .*; use one of llama"),
+        ({"model_type": "mistral"}, "sliding_window = 4096 in .* is not implemented, only None"),
         ({"mlp_bias": True}, "mlp_bias = True in .* is not implemented, only False"),
         ({"use_sliding_window": True}, "use_sliding_window = True in .* is not implemented, only False"),
         (
@@ -242,7 +247,7 @@ def test_dense_model_has_no_experts_to_share(violations: Check) -> None:
 
 def test_experts_without_sizes(violations: Check, model_with: Callable[..., Path]) -> None:
     line = only(violations({"model.path": model_with(model_type="qwen3_moe")}))
-    assert "has no num_experts, moe_intermediate_size; complete it" in line
+    assert "has no num_experts, num_experts_per_tok, moe_intermediate_size; complete it" in line
 
 
 def test_not_enough_logical_devices(violations: Check) -> None:
@@ -378,11 +383,29 @@ def test_replay_needs_the_responses_of_every_step(violations: Check, tmp_path: P
     recorded = tmp_path / "recorded" / "samples"
     recorded.mkdir(parents=True)
     (recorded / "step_000001.pt").touch()
-    line = only(violations({"rollout.replay": tmp_path / "recorded", "train.steps": 2}))
+    line = only(violations({"rollout.replay": tmp_path / "recorded", "train.steps": 2, "evaluation.problems": 0}))
     assert "holds the responses of 1 of 2 steps" in line and "rollout.record=true" in line
-    assert violations({"rollout.replay": recorded, "train.steps": 1}) == []
-    own = {"run.dir": tmp_path / "recorded", "rollout.replay": tmp_path / "recorded", "train.steps": 1}
+    assert violations({"rollout.replay": recorded, "train.steps": 1, "evaluation.problems": 0}) == []
+    own = {
+        "run.dir": tmp_path / "recorded",
+        "rollout.replay": tmp_path / "recorded",
+        "train.steps": 1,
+        "evaluation.problems": 0,
+    }
     assert "is the run.dir itself" in only(violations(own))
+
+
+def test_replay_needs_what_evaluation_and_tempered_rows_ask_for(violations: Check, tmp_path: Path) -> None:
+    (samples := tmp_path / "recorded/samples").mkdir(parents=True)
+    for step in (1, 2):
+        (samples / f"step_{step:06d}.pt").touch()
+    run = {"rollout.replay": tmp_path / "recorded", "train.steps": 2, "method.name": "j2", "evaluation.every": 1}
+    assert "lacks tempered_000001.pt, tempered_000002.pt, evaluation_000000.pt, evaluation_000001.pt ..." in only(
+        violations(run)
+    )
+    for name in ("tempered_000001", "tempered_000002", "evaluation_000000", "evaluation_000001", "evaluation_000002"):
+        (samples / f"{name}.pt").touch()
+    assert violations(run) == []
 
 
 def test_resume_names_what_it_cannot_continue(violations: Check, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
 from tests.bounds import HANG_S
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-HANGS = "10^{10^{10^{10}}}"  # inside a C function, where no Python signal handler runs
+HALF, ALSO_HALF = r"\sin\frac{\pi}{6}", r"\cos\frac{\pi}{3}"  # what only a worker can compare
+HANGS = r"\frac{400000!+399999!}{2(400000!+399999!)}"  # inside a C function, where no Python signal handler runs
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,9 @@ def boxed(answer: str) -> str:
         (r"\boxed{x = \boxed{3}}", "3"),
         (r"\boxed{a\\}", r"a\\"),
         (r"\boxed{}", ""),
+        (r"\boxed{5}{6}", "5}{6"),
+        (r"\boxed{5} {6}", "5} {6"),
+        (r"{\boxed{5}}{6}", "5"),
     ],
 )
 def test_extract_boxed(text, expected):
@@ -74,6 +78,25 @@ def test_extract_boxed(text, expected):
         ("7 or 12.5", None),
         (".5", None),
         ("9" * 5000, "9" * 5000),
+        ("x = - 5", "-5"),
+        ("- 5", "-5"),
+        ("7 - 5", "5"),
+        ("(2) - 3", "3"),
+        ("so 3 -5", "-5"),
+        ("7/2", None),
+        ("7 / 2", None),
+        (r"\frac{7}{2}", None),
+        (r"\frac72", None),
+        ("3^2", None),
+        ("3^{2}", None),
+        ("10^-2", None),
+        ("x_2", None),
+        ("1e3", None),
+        ("1E+3", None),
+        ("12:30", None),
+        ("Step 2: 30", "30"),
+        ("Answer:30", "30"),
+        ("5 or 6", "6"),
     ],
 )
 def test_last_integer(text, expected):
@@ -83,7 +106,7 @@ def test_last_integer(text, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("12", "12"), (" +2 ", "2"), ("1{,}234", "1234"), (r"32,\! 348", "32348"), (r"\$10\,000$", "10000"), ("3.00", "3")]
-    + [(text, None) for text in ("", "1.5", "1,23", "x", "1/2", "2 3", "5 cm")],
+    + [(text, None) for text in ("", "1.5", "1,23", "x", "1/2", "2 3", "5 cm", r"5\,6", "5$6")],
 )
 def test_as_integer(text, expected):
     assert as_integer(text) == expected
@@ -163,20 +186,20 @@ def test_grades_keep_the_order_of_the_responses(pool):
 
 def test_a_pool_grades_off_the_main_thread(pool):
     grades = []
-    thread = threading.Thread(target=lambda: grades.extend(pool.grade([boxed("3/6")], [r"\frac{1}{2}"])))
+    thread = threading.Thread(target=lambda: grades.extend(pool.grade([boxed(HALF)], [r"\frac{1}{2}"])))
     thread.start()
     thread.join()
-    assert grades == [Grade(1.0, "3/6")]
+    assert grades == [Grade(1.0, HALF)]
 
 
-@pytest.mark.parametrize(("hostile", "times_out"), [("9**9**9**9", False), (HANGS, True)])
+@pytest.mark.parametrize(("hostile", "times_out"), [("9**9**9**9", False), ("10^{10^{10^{10}}}", False), (HANGS, True)])
 def test_a_hostile_answer_earns_zero_and_the_pool_works_on(hostile, times_out):
     with GraderPool(workers=1, extractor="boxed", deadline_s=5) as pool:
         # The same pair twice is compared once, and counted for both responses.
-        grades = pool.grade([boxed(hostile), boxed("3/6"), boxed(hostile)], [r"\frac{1}{2}"] * 3)
-        assert grades == [Grade(0.0, hostile, times_out), Grade(1.0, "3/6"), Grade(0.0, hostile, times_out)]
+        grades = pool.grade([boxed(hostile), boxed(HALF), boxed(hostile)], [r"\frac{1}{2}"] * 3)
+        assert grades == [Grade(0.0, hostile, times_out), Grade(1.0, HALF), Grade(0.0, hostile, times_out)]
         assert (pool.timeouts, pool.crashes) == (2 * times_out, 0)
-        assert pool.grade([boxed("2/4")], [r"\frac{1}{2}"])[0].reward == 1.0
+        assert pool.grade([boxed(ALSO_HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
 
 
 def _wait_until(condition):
@@ -195,17 +218,17 @@ def test_a_dead_worker_is_counted_and_replaced():
         assert grades == [Grade(0.0, HANGS, crashed=True)]
         assert (pool.timeouts, pool.crashes) == (0, 1)
 
-        assert pool.grade([boxed("2/4")], [r"\frac{1}{2}"])[0].reward == 1.0
+        assert pool.grade([boxed(ALSO_HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
         idle = pool._workers[0].process
         idle.kill()
         idle.wait()
-        assert pool.grade([boxed("3/6")], [r"\frac{1}{2}"])[0].reward == 1.0
+        assert pool.grade([boxed(HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
         assert pool.crashes == 1  # it died between two comparisons: no response is to blame
 
 
 def test_close_ends_the_workers():
     pool = GraderPool(workers=2, extractor="boxed", deadline_s=60)
-    pool.grade([boxed("3/6"), boxed("2/4")], [r"\frac{1}{2}"] * 2)
+    pool.grade([boxed(HALF), boxed(ALSO_HALF)], [r"\frac{1}{2}"] * 2)
     processes = [worker.process for worker in pool._workers]
     pool.close()
     pool.close()
@@ -219,9 +242,9 @@ import os, signal, sys, threading
 from dcpo_openrlhf.reward.pool import GraderPool
 pool = GraderPool(workers=1, extractor="boxed", deadline_s=float(sys.argv[2]))
 gold = r"\\frac{1}{2}"
-assert pool.grade([r"\\boxed{3/6}"], [gold])[0].reward == 1.0
+assert pool.grade([r"\\boxed{\\sin\\frac{\\pi}{6}}"], [gold])[0].reward == 1.0
 if sys.argv[1] == "busy":
-    threading.Thread(target=pool.grade, args=([r"\\boxed{10^{10^{10^{10}}}}"], [gold]), daemon=True).start()
+    threading.Thread(target=pool.grade, args=([rf"\\boxed{{{sys.argv[3]}}}"], [gold]), daemon=True).start()
     while pool._workers[0].pair is None:
         pass
 if sys.argv[1] != "exit":
@@ -231,7 +254,7 @@ if sys.argv[1] != "exit":
 
 @pytest.mark.parametrize(("state", "deadline"), [("exit", 60), ("idle", 60), ("busy", 5)])
 def test_no_worker_outlives_its_parent(state, deadline):
-    command = [sys.executable, "-c", PARENT, state, str(deadline)]
+    command = [sys.executable, "-c", PARENT, state, str(deadline), HANGS]
     root = Path(__file__).resolve().parents[2]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=root)
     # The worker holds the same stderr: its end of file comes when both have ended.
@@ -240,13 +263,13 @@ def test_no_worker_outlives_its_parent(state, deadline):
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_zero(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')\n")
+    (tmp_path / "mpmath.py").write_text("raise ImportError('broken on purpose')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with (
         GraderPool(workers=1, extractor="boxed", deadline_s=5) as pool,
         pytest.raises(GraderError, match="exited with code 1 before it was ready"),
     ):
-        pool.grade([boxed("3/6")], [r"\frac{1}{2}"])
+        pool.grade([boxed(HALF)], [r"\frac{1}{2}"])
 
 
 @pytest.mark.parametrize(

@@ -88,12 +88,23 @@ def test_a_step_made_again_after_a_resume_counts_once(runs, capsys):
     assert compare(capsys, *runs)[0] == 0
 
 
+def test_a_line_that_the_run_is_still_writing_is_left_out(runs, capsys):
+    for run in runs:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"train/step": 4, "x')
+    code, text = compare(capsys, *runs)
+    assert code == 0 and "equal: 3 steps" in text
+    for run in runs:
+        assert text.count(f"{run / 'metrics.jsonl'}, line 4: left out, its end is not written") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "metrics.jsonl: no such file"),
         ("", "finished no step"),
-        ('{"train/step": 1}\n{"tr', "metrics.jsonl, line 2: not JSON"),
+        ('{"train/step": 1}\n{"tr\n', "metrics.jsonl, line 2: not JSON"),
+        ('{"tr\n{"train/step": 1}\n', "metrics.jsonl, line 1: not JSON"),
         ("[]\n", "line 1: list instead of an object"),
     ],
 )

@@ -13,10 +13,10 @@ import yaml
 from dcpo_openrlhf.recipe.schema import Recipe
 from tests.bounds import HANG_S
 from tests.tiny import make_tiny_model
-from tools import doctor
+from tools import doctor, examination
 
 Main = Callable[..., tuple[int, dict[str, str], str]]
-LIVE = ["start", *doctor.Examination.CHECKS, "end"]
+LIVE = ["start", *examination.Examination.CHECKS, "end"]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,8 @@ def test_own_copy_changes_what_is_written_and_nothing_else(recipe: Path) -> None
 
 def test_unequal_names_tensor_engine_and_worker() -> None:
     sent = {"a": 1, "b": 2, "c": -1}
-    assert doctor.unequal(sent, [[dict(sent)], [dict(sent), dict(sent)]]) == []
-    assert doctor.unequal(sent, [[dict(sent)], [dict(sent), {"a": 1, "b": 3, "d": 4}]]) == [
+    assert examination.unequal(sent, [[dict(sent)], [dict(sent), dict(sent)]]) == []
+    assert examination.unequal(sent, [[dict(sent)], [dict(sent), {"a": 1, "b": 3, "d": 4}]]) == [
         "b: sent 0x2, engine 1 worker 1 has 0x3",
         "c: sent 0xffffffffffffffff, engine 1 worker 1 has none",
         "d: sent none, engine 1 worker 1 has 0x4",
@@ -126,7 +126,7 @@ def test_unequal_names_tensor_engine_and_worker() -> None:
 def test_mismatch_by_hand() -> None:
     trainer = torch.tensor([[0.5, 0.2, 0.9], [0.1, 0.7, 0.7]]).log()
     engine = torch.tensor([[0.4, 0.2, 0.1], [0.2, 0.1, 0.1]]).log()
-    found = doctor.mismatch(trainer, engine, torch.tensor([[True, True, False], [True, False, False]]))
+    found = examination.mismatch(trainer, engine, torch.tensor([[True, True, False], [True, False, False]]))
     assert found == pytest.approx(
         ((0.1 + 0 + 0.1) / 3, 0.1, (math.log(0.5 / 0.4) + math.log(2)) / 3, (math.log(0.4 / 0.5) + math.log(2)) / 3, 3)
     )

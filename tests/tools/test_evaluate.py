@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,9 +209,26 @@ def test_other_data_and_other_weights_are_refused(call, data, model, tmp_path, c
         weights.write_bytes(content)
 
 
+KEPT = {"id": "p0", "sample": 0, "response": "r", "tokens": 1, "truncated": False}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
-    [(b"not json", ":2: not a sample"), (b'{"id": "p0"}', ":2: not a sample"), (b"[]", ":2: not a sample")],
+    [
+        (b"not json", ":2: not a sample"),
+        (b'{"id": "p0"}', ":2: not a sample"),
+        (b"[]", ":2: not a sample"),
+        (
+            json.dumps(KEPT | {"tokens": math.nan}).encode(),
+            ":2: not a sample (TypeError('tokens is nan instead of int'",
+        ),
+        (
+            json.dumps(KEPT | {"sample": math.nan}).encode(),
+            ":2: not a sample (TypeError('sample is nan instead of int'",
+        ),
+        (json.dumps(KEPT | {"response": None}).encode(), ":2: not a sample (TypeError('response is None instead of"),
+        (json.dumps(KEPT | {"truncated": 0}).encode(), ":2: not a sample (TypeError('truncated is 0 instead of bool'"),
+    ],
 )
 def test_a_broken_line_is_named(call, tmp_path, capsys, line, message):
     assert call(oracle=Oracle()) == 0
@@ -294,11 +312,67 @@ def test_bad_model_context_and_answers(call, model, data, tmp_path, capsys):
     assert evaluate.main(["--model", str(tmp_path), *arguments], generator=Oracle()) == 2
     assert "lacks config.json" in capsys.readouterr().err
     assert evaluate.main(["--model", str(model), *arguments], generator=Oracle()) == 2
-    assert "above the limit of -7936 = context 256 - max_new_tokens 8192" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the longest prompt of 203 tokens and --max-tokens 8192 exceed the context of 256 of tiny" in error
+    assert "pass --max-tokens 53 or less" in error and error.count("\n") == 1
+    assert evaluate.main(["--model", str(model), *arguments, "--max-tokens", "53"], generator=Oracle()) == 0
+    assert evaluate.main(["--model", str(model), *arguments, "--system", "x" * 300], generator=Oracle()) == 2
+    assert "above the limit of 255" in capsys.readouterr().err
     data.write_text(data.read_text().replace('"answer": "3"', '"answer": "x"'))
     oracle = Oracle()
     assert call("--extractor", "last_integer", oracle=oracle) == 2
     assert "mine cannot be graded" in capsys.readouterr().err and oracle.asked == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--deadline", "0"], "--deadline is above 0 and at most 3600 [s], not 0"),
+        (["--deadline", "nan"], "--deadline is above 0 and at most 3600 [s], not nan"),
+        (["--deadline", "inf"], "--deadline is above 0 and at most 3600 [s], not inf"),
+        (["--temperature", "nan"], "temperature >= 0 and 0 < top-p <= 1 are needed, not nan"),
+        (["--temperature", "inf"], "temperature >= 0 and 0 < top-p <= 1 are needed, not inf"),
+        (["--gpu-memory-utilization", "1.5"], "0 < gpu-memory-utilization <= 1"),
+        (["--cpu-kv-cache-gb", "0"], "cpu-kv-cache-gb > 0 are needed, not 0.9 and 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(call, capsys, arguments, message):
+    oracle = Oracle()
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments, oracle=oracle)
+    assert stopped.value.code == 2 and oracle.asked == []
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", ["--system", "s"], "(no system role); leave out --system"),
+        ("{{ raise_exception('one turn') }}", [], "(one turn); mend it, or pass --no-chat"),
+        ("{{ 'a' + 1 }}", [], "mend it, or pass --no-chat"),
+        ("{{ messages[0].name.first }}", [], "mend it, or pass --no-chat"),
+        ("{% if %}", [], "mend it, or pass --no-chat"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_error(model, data, tmp_path, capsys, template, more, message):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "chat_template.jinja").write_text(template)
+    arguments = ["--model", str(broken), "--benchmark", "mine", "--data", str(data), "--output", str(tmp_path / "out")]
+    assert evaluate.main([*arguments, "--max-tokens", "20", *more], generator=Oracle()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"evaluate: the chat template of {broken} fails on problem 'p0' of mine (")
+    assert message in error and error.count("\n") == 1
+    assert evaluate.main([*arguments, "--max-tokens", "20", "--no-chat"], generator=Oracle()) == 0
+
+
+def test_a_model_without_a_context_is_named(model, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "config.json").write_text('{"model_type": "bloom"}')
+    arguments = ["--model", str(other), "--benchmark", "mine", "--data", str(data), "--output", str(tmp_path / "out")]
+    assert evaluate.main(arguments, generator=Oracle()) == 2
+    assert "has no max_position_embeddings" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the checkout")

@@ -86,7 +86,16 @@ def test_equal_folder_names_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("", "finished no step"), ('{"train/step": 0}\n{"train', "line 2: not JSON")],
+    [
+        (None, "no such file"),
+        ("", "finished no step"),
+        ('{"train/st', "finished no step"),
+        ('{"train/step": NaN}\n', "finished no step"),
+        ('{"train/step": 0}\n{"train\n{"train/step": 2}\n', "line 2: not JSON"),
+        ('{"train/step": 0}\n{"train\n', "line 2: not JSON"),
+        ('{"train/step": 0}\n\n', "line 2: not JSON"),
+        ('{"train/step": 0}\n[]', "line 2: list instead of an object"),
+    ],
 )
 @pytest.mark.parametrize("output", ["x.png", "x.html"])
 def test_bad_run_is_named(tmp_path, capsys, content, message, output):
@@ -97,6 +106,38 @@ def test_bad_run_is_named(tmp_path, capsys, content, message, output):
     assert plot_run.main([str(tmp_path), "--output", str(tmp_path / output)]) == 2
     assert str(tmp_path / "metrics.jsonl") in capsys.readouterr().err
     assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "entro', '{"step": 3, "text": "\u00e9'])
+def test_a_line_that_the_run_is_still_writing_is_left_out(tmp_path, capsys, torn):
+    run = full_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "events.jsonl", "evaluation.jsonl", "samples/step_000002.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write(torn.encode()[:-1])
+    outputs = [f"--output={tmp_path / name}" for name in ("x.png", "x.html")]
+    assert plot_run.main([str(run), *outputs]) == 0
+    out, err = capsys.readouterr()
+    assert out.split() == [str(tmp_path / "x.png"), str(tmp_path / "x.html")]
+    assert f"{run / 'metrics.jsonl'}, line 5: left out, its end is not written" in err
+    assert err.count("\n") == 4  # each file once, though it is read for picture and page
+    assert plot_run.read_metrics(run)["train/step"] == [0, 1, 2]
+
+
+def test_stray_files_in_the_run_folder_are_passed_over(tmp_path):
+    run = full_run(tmp_path / "run")
+    expected = plot_run.page_data({"run": run})
+    (run / "samples" / "step_000007.jsonl").mkdir()
+    (run / "samples" / "step_000008.jsonl").symlink_to(run / "gone")
+    for name in (
+        "step_1.jsonl",
+        "step_000002 (1).jsonl",
+        "step_000002.jsonl~",
+        "step_x.jsonl",
+        "evaluation_1.jsonl",
+        "a",
+    ):
+        (run / "samples" / name).write_text("not JSON")
+    assert plot_run.page_data({"run": run}) == expected
 
 
 def test_a_step_made_again_after_a_resume_is_drawn_once(tmp_path):
@@ -205,6 +246,18 @@ def test_long_runs_and_responses_are_cut(tmp_path):
     assert len(data["samples"]) == 100 and {1, 300} <= data["samples"].keys()
     assert data["note"] == "100 of 300 steps are in this page."
     assert "[... 3000 characters left out ...]" in data["samples"][1][0]["response"]
+
+
+def test_a_number_that_is_none_is_shown_by_its_name(tmp_path):
+    run = full_run(tmp_path / "run")
+    nan, row = float("nan"), {"id": "p", "response": "r", "reward": float("nan"), "more": [{"x": float("inf")}, 1.0]}
+    write(run / "samples" / "step_000002.jsonl", [row])
+    write(run / "evaluation.jsonl", [{"step": 2, "heldout_accuracy": nan}])
+    write(run / "events.jsonl", [{"step": 1, "cause": "nan", "evidence": {"loss": nan}}])
+    assert plot_run.main([str(run), "--output", str(tmp_path / "x.html")]) == 0
+    (data,) = json.loads(Reader((tmp_path / "x.html").read_text()).data)["runs"]
+    assert data["samples"]["2"] == [row | {"reward": "nan", "more": [{"x": "inf"}, 1.0]}]
+    assert data["events"][0]["details"] == "loss = nan"
 
 
 def test_event_without_cause_is_named(tmp_path, capsys):

@@ -9,7 +9,10 @@ import pytest
 
 from dcpo_openrlhf.rollout.tasks import Problem, load_jsonl
 from tools import prepare_data
-from tools.prepare_data import deduplicate, find_overlap, load_problems, main, normalise
+from tools.data_form import DISTRACTORS, normalise
+from tools.data_rows import PrepareError
+from tools.overlap import deduplicate, find_overlap
+from tools.prepare_data import load_problems, main
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LONG = "A regular hexagon with side nine is cut along three of its diagonals into pieces of equal area"
@@ -70,7 +73,7 @@ def test_multiple_choice():
 
 
 def test_gpqa_csv_is_shuffled_the_same_way_every_time(tmp_path):
-    names = ["Record ID", "Question", "Correct Answer", *prepare_data.DISTRACTORS]
+    names = ["Record ID", "Question", "Correct Answer", *DISTRACTORS]
     file = tmp_path / "gpqa_diamond.csv"
     with file.open("w", newline="") as handle:
         writer = csv.writer(handle)
@@ -173,6 +176,24 @@ def test_against_other_tests(tmp_path, capsys):
     assert "overlap: 1 with mine" in capsys.readouterr().out
 
 
+def test_a_file_that_was_not_prepared_here_stays(tmp_path, capsys):
+    mine = write(tmp_path / "dapo17k.jsonl", [row("a", "Find y."), row("b", "Find Y.")])
+    before = mine.read_bytes()
+    assert main(["dapo17k", "--from", str(mine), "--output", str(tmp_path)]) == 2
+    assert "dapo17k.jsonl: is there and not in manifest.json" in capsys.readouterr().err
+    assert mine.read_bytes() == before and not (tmp_path / "manifest.json").exists()
+
+
+def test_one_bad_set_leaves_the_folder_as_it_was(monkeypatch, tmp_path, capsys):
+    rows = {"aime24": [("r", {"problem": "p", "answer": "1"})], "amc": [("r", {"problem": "p"})]}
+    monkeypatch.setattr(prepare_data, "hub_rows", lambda name, _: rows[name])
+    assert main(["aime24", "--output", str(tmp_path)]) == 0
+    rows["aime24"] = [("r", {"problem": "other", "answer": "1"})]
+    assert main(["aime24", "amc", "--output", str(tmp_path)]) == 2
+    assert main(["aime24", "--against", str(tmp_path / "gone"), "--output", str(tmp_path)]) == 2
+    assert main(["--verify", "--output", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -183,6 +204,16 @@ def test_against_other_tests(tmp_path, capsys):
         ("columns.jsonl", '{"text": "p"}\n', "the columns are text"),
         ("answer.jsonl", '{"problem": "p", "answer": ""}\n', "answer.jsonl:1: the answer is empty"),
         ("ids.jsonl", '{"problem":"p","answer":"1","id":"x"}\n' * 2, "ids.jsonl:2: id 'x' was seen before"),
+        (
+            "comma.csv",
+            "problem,answer\nIs 5 odd, really,5\n",
+            "comma.csv:2: 3 fields for 2 columns (['Is 5 odd', ' really'",
+        ),
+        ("short.csv", "problem,answer\n5 + 5\n", "short.csv:2: 1 fields for 2 columns"),
+        ("quote.csv", 'problem,answer\n"5 + 5,10\nx,1\n', "quote.csv:3: not CSV (unexpected end of data)"),
+        ("twice.csv", "problem,answer,answer\np,1,2\n", "twice.csv:1: column 'answer' is there twice"),
+        ("options.csv", "problem,options,answer\np,red;blue,B\n", "options.csv:2: options is 'red;blue' (str)"),
+        ("nan.json", '[{"problem": "p", "answer": NaN}]', "nan.json, entry 1: answer is 'nan', a missing value"),
         ("set.txt", "x", "ends in none of .jsonl"),
         ("set.parquet", "x", "not a parquet file"),
     ],
@@ -197,10 +228,61 @@ def test_bad_input_is_named(tmp_path, capsys, file, content, message):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_problem_in_another_form_is_shown():
-    rows = [("f, row 1", {"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"})]
-    with pytest.raises(prepare_data.PrepareError, match=r"f, row 1: prompt is \[\{'role'.* \(list\); it must be text"):
-        normalise("mine", rows, origin="f")
+OPTIONS = {"question": "Which?", "options": ["red", "blue"], "answer": "B"}
+GPQA = {"Question": "Which?", "Correct Answer": "right", **dict.fromkeys(DISTRACTORS, "wrong")}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (OPTIONS | {"options": "red"}, "options is 'red' (str) instead of a list of 2 to 26 texts"),
+        (OPTIONS | {"options": {"A": "red", "B": "blue"}}, "options is {'A': 'red', 'B': 'blue'} (dict) instead of"),
+        (OPTIONS | {"options": ["red", 5]}, "option 2 is 5 (int) instead of a text"),
+        (OPTIONS | {"options": ["red", " "]}, "option 2 is ' ' (str) instead of a text"),
+        (OPTIONS | {"options": []}, "options is [] (list) instead of a list of 2 to 26"),
+        (OPTIONS | {"options": ["o"] * 27}, "instead of a list of 2 to 26 texts"),
+        (OPTIONS | {"answer": 1}, "answer is 1 (int), and that of 2 options is a letter from A to B"),
+        (OPTIONS | {"answer": "C"}, "answer is 'C' (str), and that of 2 options"),
+        ({"question": "Which?", "options": ["red", "blue"]}, "answer is None (NoneType), and that of 2 options"),
+        ({"question": "Which?", "choices": ["red", "blue"], "answer": 1}, "not from 'choices'"),
+        ({"question": "Which?", "A": "red", "B": "blue", "answer": "B"}, "not from 'A'"),
+        (GPQA | {DISTRACTORS[1]: ""}, f"{DISTRACTORS[1]} of Correct Answer, {DISTRACTORS[0]}"),
+        (GPQA | {DISTRACTORS[1]: 7}, "option 3 is 7 (int) instead of a text"),
+        ({"problem": "p", "answer": {"value": "5"}}, "answer is {'value': '5'} (dict) instead of a text or a number"),
+        ({"problem": "p", "answer": True}, "answer is True (bool) instead of a text or a number"),
+        ({"problem": "p", "answer": ["1", None, {}]}, "answer is {} (dict) instead of"),
+        ({"problem": "p", "answer": float("nan")}, "answer is 'nan', a missing value"),
+        ({"problem": "p", "answer": float("inf")}, "answer is inf, which no response equals"),
+        ({"problem": "p", "answer": "None"}, "answer is 'None', a missing value"),
+        ({"problem": "nan", "answer": "1"}, "problem is 'nan', a missing value"),
+        ({"problem": "p", "solution": "So the total is 204."}, "solution is a sentence ('So the total is 204.' (str))"),
+        ({"problem": "p", "answer": "1", "id": ["x"]}, "id is ['x'] (list) instead of a text or a whole number"),
+        ({"prompt": [{"role": "user", "content": "p"}], "answer": "1"}, "prompt is [{'role': 'user', 'content': 'p'}]"),
+        ({"Problem": "p", "Answer": "1"}, "the columns are Problem, Answer; rename 'Problem'"),
+        ({"problem": "p", " Answer": "1"}, "rename ' Answer'"),
+    ],
+)
+def test_values_of_another_type_are_refused_not_written_as_text(columns, message):
+    with pytest.raises(PrepareError) as error:
+        normalise("mine", [("row 1", {"problem": "p", "answer": "1"}), ("row 2", columns)], origin="hub")
+    assert str(error.value).startswith("row 2: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        ("June 20", "June 20"),
+        ("\\boxed{\\text{a cat or a dog}}", "\\text{a cat or a dog}"),
+        ("\\text{left of the line}", "\\text{left of the line}"),
+        ("So the total is \\boxed{204}.", "204"),
+        ("\\frac{\\sqrt{2}\\sin x}{\\cos y}", "\\frac{\\sqrt{2}\\sin x}{\\cos y}"),
+        (["(1, 2)", 3.0], "(1, 2), 3"),
+        (-0.5, "-0.5"),
+        (10**30, str(10**30)),
+    ],
+)
+def test_final_answers_stay(value, answer):
+    assert normalise("mine", [("row 1", {"problem": "p", "answer": value})], origin="hub")[0].answer == answer
 
 
 def test_unknown_set(capsys):
@@ -243,6 +325,9 @@ def test_real_files():
     for file in sorted(DATA.glob("*.jsonl")):
         name = prepare_data.canonical(file.stem)
         assert load_problems(name, file) == load_jsonl(file)
+        column = "final_answer" if name == "olympiadbench" else "answer"
+        rows = [(p.id, {"id": p.id, "problem": p.problem, column: p.answer}) for p in load_jsonl(file)]
+        assert len(normalise(name, rows, origin="hub")) == len(rows)  # no published answer is taken for a sentence
     amc = load_jsonl(DATA / "amc23.jsonl")
     overlap = find_overlap(load_jsonl(DATA / "train_dapo17k.jsonl"), {"amc": amc})
     assert len({pair.test for pair in overlap}) == 25  # of 40

@@ -3,12 +3,13 @@
 Weights, sharded fp32 main weights and optimizer, updates done, and the random state of every rank.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dcpo_openrlhf.checkpoint import FileSum
+from dcpo_openrlhf.checkpoint import FileSum, file_sum
 from dcpo_openrlhf.policy.deepspeed import CHECKPOINT_FOLDER
 from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
 
@@ -26,10 +27,14 @@ class ZeroCheckpoint:
             str(folder), tag=CHECKPOINT_FOLDER, client_state={"updates": self.step.updates}, save_latest=False
         )
         torch.save(_random_state(), folder / CHECKPOINT_FOLDER / f"random_{self.step.mesh.rank}.pt")
+        self._folder = folder
 
     def finish(self) -> dict[str, FileSum]:
-        """Nothing is left to do; the manifest reads the files itself."""
-        return {}
+        """Sums of the files that this rank wrote, so that those of another node are missed where they are not seen."""
+        assert self._folder is not None
+        rank = self.step.mesh.rank
+        files = (file for file in (self._folder / CHECKPOINT_FOLDER).iterdir() if _writer(file.name) == rank)
+        return {f"{CHECKPOINT_FOLDER}/{file.name}": file_sum(file) for file in files}
 
     def load(self, folder: Path) -> None:
         """Make this rank's policy, optimizer, schedule and random state those of `folder`."""
@@ -37,6 +42,12 @@ class ZeroCheckpoint:
         assert path is not None
         self.step.updates = state["updates"]
         _set_random_state(torch.load(folder / CHECKPOINT_FOLDER / f"random_{self.step.mesh.rank}.pt"))
+
+
+def _writer(name: str) -> int:
+    """The rank that writes a file: DeepSpeed's shards and the random states are numbered, the rest is rank 0's."""
+    match = re.search(r"(?:pp_rank_|random_)(\d+)", name)
+    return int(match[1]) if match else 0
 
 
 def _random_state() -> dict[str, Any]:

@@ -158,7 +158,7 @@ def scale_weights(policy: ZeroPolicy, factor: float) -> None:
             parameter.mul_(factor)
 
 
-def hf_shapes(policy: ZeroPolicy) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and full shapes of `hf_tensors` in its order, without any communication."""
+def hf_shapes(policy: ZeroPolicy) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and full shapes of `hf_tensors` in its order, without any communication."""
     for name, parameter in policy.engine.module.named_parameters():
-        yield name, tuple(getattr(parameter, "ds_shape", parameter.shape))
+        yield name, policy.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -33,6 +33,8 @@ class ZeroStep:
         self.optimizer, self.total_updates = optimizer, total_updates
         self.updates = 0
         """Optimizer steps done; the learning rate follows from it."""
+        self.stop_asked: Callable[[], bool] = lambda: False
+        """Is a forward pass to be left between micro-batches? Set by the actor."""
 
     def token_statistics(self, rows: Rows, *, temperatures: list[float]) -> dict[str, Tensor]:
         """{"logp", "entropy"} [batch, time-1] and "tempered_logp" [batch, time-1, temperatures] of the rows.
@@ -58,11 +60,16 @@ class ZeroStep:
         return chosen
 
     def _forward_only(self, rows: Rows, use: Callable[[Packed, Tensor], None]) -> None:
+        """Every micro-batch; raises micro_batch.Stopped where the pass is stopped between rounds of them."""
         self.engine.eval()
-        with torch.no_grad():
-            for packed in self._micro_batches(rows):
-                use(packed, self._logits(packed))
-        self.engine.train()
+        try:
+            with torch.no_grad():
+                for i, packed in enumerate(self._micro_batches(rows)):
+                    if i % micro_batch.ROUND == 0:
+                        micro_batch.require_going_on(self.stop_asked(), self.mesh.device)
+                    use(packed, self._logits(packed))
+        finally:
+            self.engine.train()
 
     def update(self, rows: Rows, *, entropy_coefficient: float = 0.0) -> dict[str, float]:
         """One optimizer step on the mini-batch that `rows` are this rank's share of; metrics of the whole mini-batch.

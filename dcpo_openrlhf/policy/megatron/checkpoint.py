@@ -53,9 +53,7 @@ class PolicyCheckpoint:
         )
         assert request is not None
         self._request, self._sums = request, {}
-        if (
-            request.async_fn is None or request.preload_fn is None
-        ):  # nothing here that no other rank holds
+        if request.async_fn is None or request.preload_fn is None:  # nothing here that no other rank holds
             return
         # views are copies already; a parameter that fills its buffer alone is not
         live = {_storage(p) for chunk in self.step.policy.chunks for p in chunk.parameters()}
@@ -121,6 +119,8 @@ class PolicyCheckpoint:
         loaded: Any = dist_checkpointing.load(state, str(folder))
         for name, chunk in self._chunks().items():
             chunk.load_state_dict(loaded[name])
+        for group in _param_groups(loaded["optimizer"]):  # by its rates megatron-core finds a group, and an import
+            group |= self._rates()  # has those of no run
         self.step.optimizer.load_state_dict(loaded["optimizer"])
         for optimizer in torch_adams:
             _own_steps(optimizer)
@@ -139,6 +139,10 @@ class PolicyCheckpoint:
             "world_size": self.mesh.world_size,
         }
 
+    def _rates(self) -> dict[str, float]:
+        """The recipe's learning rates, which are those of the saved run too."""
+        return {key: self.step.optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")}
+
     def _chunks(self) -> dict[str, Any]:
         return {f"model{i}": chunk for i, chunk in enumerate(self.step.policy.chunks)}
 
@@ -147,6 +151,15 @@ class PolicyCheckpoint:
         for optimizer in getattr(self.step.optimizer, "chained_optimizers", [self.step.optimizer]):
             if isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
                 yield optimizer
+
+
+def _param_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in an optimizer's state dict, or in those of several in a chain."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        if key == "param_groups":
+            yield from value
+        else:
+            yield from _param_groups(value)
 
 
 def _storage(tensor: Tensor) -> int:

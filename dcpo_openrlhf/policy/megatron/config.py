@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from dcpo_openrlhf.recipe.model_config import ARCHITECTURES, ROPE_TYPES
+from dcpo_openrlhf.recipe.families import Sizes, not_implemented, rope_types
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -19,23 +19,18 @@ def padded_vocab_size(vocab_size: int, *, multiple: int, tensor: int) -> int:
 
 
 def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Train, device: str) -> TransformerConfig:
-    """Megatron's configuration of a Hugging Face one (llama, qwen2, qwen3, qwen3_moe).
+    """Megatron's configuration of a Hugging Face one of recipe/families.py.
 
-    Raises ValueError for another architecture or a sliding window.
+    Raises ValueError for another one, or for what of its family is not implemented.
     """
-    if hf.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"model_type = {hf.model_type!r} is not one of {', '.join(ARCHITECTURES)}; "
-            "add its names to megatron/names.py"
-        )
-    if getattr(hf, "use_sliding_window", False):
-        raise ValueError(
-            f"{hf.model_type} with use_sliding_window = true is not supported; set it to false in config.json"
-        )
+    values = hf.to_dict()
+    for wrong in not_implemented(values, "config.json"):
+        raise ValueError(wrong)
     rope = hf.rope_parameters if rope_type(hf) == "yarn" else {}
     dtype, on_gpu, interleaved = DTYPES[model.dtype], device == "cuda", parallel.virtual_pipeline > 1
-    config = TransformerConfig(
-        **_sizes(hf),
+    sizes = Sizes.of(values)
+    config = _kind(sizes)(
+        **_sizes(hf, sizes),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
@@ -65,7 +60,8 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         use_te_activation_func=not on_gpu,  # fused.SwiGLU
-        apply_rope_fusion=not on_gpu and not rope,  # fused.packed_rotary; yarn also scales, which it does not
+        # fused.packed_rotary; yarn also scales, which it does not, and latent attention turns interleaved pairs
+        apply_rope_fusion=not on_gpu and not rope and not sizes.latent,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
@@ -76,44 +72,76 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     return config
 
 
-def _sizes(hf: Any) -> dict[str, Any]:
+def _kind(sizes: Sizes) -> type[TransformerConfig]:
+    return MLATransformerConfig if sizes.latent else TransformerConfig
+
+
+def _sizes(hf: Any, sizes: Sizes) -> dict[str, Any]:
     """What the model is, whatever it runs on."""
     dense = {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": head_dim(hf),
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
         "ffn_hidden_size": hf.intermediate_size,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
-        "qk_layernorm": hf.model_type in ("qwen3", "qwen3_moe"),
+        "add_qkv_bias": "q" in sizes.bias,
+        "qk_layernorm": sizes.qk_norm != "none",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if hf.model_type != "qwen3_moe":
+    dense |= _latent(hf, sizes)
+    if not sizes.experts:
         return dense
-    return dense | {
-        "num_moe_experts": hf.num_experts,
-        "moe_router_topk": hf.num_experts_per_tok,
-        "moe_ffn_hidden_size": hf.moe_intermediate_size,
-        "moe_router_pre_softmax": False,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+    return (
+        dense
+        | _router(hf, sizes)
+        | {
+            "moe_layer_freq": [int(layer >= sizes.dense_layers) for layer in range(sizes.layers)],
+            "moe_shared_expert_intermediate_size": sizes.shared_ffn or None,
+            "num_moe_experts": sizes.experts,
+            "moe_router_topk": sizes.experts_per_token,
+            "moe_ffn_hidden_size": sizes.ffn,
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+        }
+    )
+
+
+def _latent(hf: Any, sizes: Sizes) -> dict[str, Any]:
+    if not (latent := sizes.latent):
+        return {}
+    return {
+        "q_lora_rank": latent.query_rank or None,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.nope,
+        "qk_pos_emb_head_dim": latent.rope,
+        "v_head_dim": latent.value,
+        "rope_type": "rope",
+        "rotary_base": hf.rope_parameters["rope_theta"],
     }
 
 
-def head_dim(hf: Any) -> int:
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+def _router(hf: Any, sizes: Sizes) -> dict[str, Any]:
+    if sizes.router != "sigmoid":
+        return {"moe_router_pre_softmax": sizes.router == "softmax"}
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,  # the bias stays what pretraining made it
+        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
+        "moe_router_dtype": "fp32",
+    }
 
 
 def rope_type(hf: Any) -> str:
     """Raises ValueError for a kind that trainer and engine would not compute alike."""
     kind = hf.rope_parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(ROPE_TYPES)}; change it in config.json")
+    if kind not in (types := rope_types(hf.to_dict())):
+        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(types)}; change it in config.json")
     return kind

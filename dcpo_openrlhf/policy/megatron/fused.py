@@ -91,7 +91,7 @@ def packed_rotary(
     cp_rank: int = 0,
     interleaved: bool = False,
 ) -> Float[Tensor, "tokens heads dim"]:
-    """Rotary embedding: each token turned by the angles of its place in its own sequence.
+    """Rotary embedding: each token turned by the angles of its place in its own sequence, as far as they reach.
 
     Takes the place of Transformer Engine's in megatron-core. Both halves of `freqs` are the same; `interleaved` angles,
     as of deepseek, are not.
@@ -99,6 +99,8 @@ def packed_rotary(
     if interleaved:
         raise ValueError("rotary embedding of interleaved pairs is not fused; set apply_rope_fusion=False")
     cos, sin = _angles(cu_seqlens, freqs, cp_size, cp_rank, t.dtype)
+    if (turned := freqs.shape[-1]) < t.shape[-1]:
+        return torch.cat([_Rotate.apply(t[..., :turned], cos, sin), t[..., turned:]], -1)  # pyright: ignore
     return _Rotate.apply(t, cos, sin)  # pyright: ignore[reportReturnType]
 
 

@@ -7,8 +7,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -125,3 +132,42 @@ class RMSNorm(torch.nn.RMSNorm):
         if x.device.type == "cpu":
             return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class ProjectionNorm(torch.nn.Module):
+    """x / rms(x) * weight over all heads, of which this tensor rank holds its part, weight included."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
+        super().__init__()
+        self.width, self.eps = heads * hidden_size, eps
+        own = self.width // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.empty(own, dtype=config.params_dtype))
+
+    def forward(self, x: Float[Tensor, "... heads dim"]) -> Float[Tensor, "... heads dim"]:
+        flat = x.flatten(-2).float()
+        # every rank's output depends on the sum: summed over the ranks forward, and so is its gradient backward
+        square = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(flat.square().sum(-1, keepdim=True))
+        )
+        scaled = flat * (square / self.width + self.eps).rsqrt()  # pyright: ignore[reportOperatorIssue]
+        return (scaled * self.weight.float()).to(x.dtype).view(x.shape)
+
+
+class LatentAttention(MLASelfAttention):
+    """megatron-core's, with the gradient of the key part that all heads share summed over tensor ranks.
+
+    Its own way with column-parallel layers takes each rank's part of that gradient for the whole.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """As the layer's specification says; megatron-core asks for Transformer Engine where q_lora_rank is null."""
+        parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {part: getattr(submodules, part) for part in parts}
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        query, key_value = super()._qkv_down_projection(hidden_states)
+        if self.config.tensor_model_parallel_size > 1:
+            if not self.config.sequence_parallel:
+                raise ValueError("latent attention on tensor ranks needs parallel.sequence_parallel=true")
+            key_value = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(key_value))
+        return query, key_value

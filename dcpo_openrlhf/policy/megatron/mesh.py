@@ -7,8 +7,14 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.safe_globals import safe_load_from_bytes
 
 from dcpo_openrlhf.recipe.schema import Parallel
+
+# megatron-core puts this loader in the place of torch's, whose name pickled tensors carry: under its own name every
+# process that reads a tensor of ours, the driver too, would import megatron-core
+safe_load_from_bytes.__module__, safe_load_from_bytes.__qualname__ = "torch.storage", "_load_from_bytes"
+safe_load_from_bytes.__name__ = "_load_from_bytes"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dcpo_openrlhf.policy.megatron import names
-from dcpo_openrlhf.policy.megatron.config import head_dim, padded_vocab_size, rope_type, transformer_config
+from dcpo_openrlhf.policy.megatron.config import padded_vocab_size, rope_type, transformer_config
 from dcpo_openrlhf.policy.megatron.fused import SwiGLU
-from dcpo_openrlhf.policy.megatron.layers import PackedAttention, RMSNorm
+from dcpo_openrlhf.policy.megatron.layers import LatentAttention, PackedAttention, ProjectionNorm, RMSNorm
 from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
+from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 
@@ -38,6 +40,7 @@ class Held(NamedTuple):
     name: str
     first_layer: int
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -46,53 +49,65 @@ class Policy:
 
     chunks: list[GPTModel]
     config: TransformerConfig
+    sizes: Sizes
     shape: names.Shape
     tied: bool
     mesh: Mesh
     held: list[Held]
-    """Every parameter of every stage, first layer first; experts stand once, for all expert ranks."""
+    """Every weight of every stage, first layer first; experts stand once, for all expert ranks."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every weight."""
+        """Of every parameter."""
         return self.config.params_dtype
 
-    def entries(self) -> Iterator[tuple[names.Entry, torch.nn.Parameter]]:
-        """Each parameter of this rank with its entry in the table of names."""
+    def entries(self) -> Iterator[tuple[names.Entry, Tensor]]:
+        """Each weight of this rank with its entry in the table of names."""
         for chunk in self.chunks:
             first_layer = get_transformer_layer_offset(self.config, chunk.vp_stage)
-            for name, parameter in chunk.named_parameters():
-                yield self.entry(name, first_layer, self.mesh.expert_rank), parameter
+            for name, weight in _weights(chunk):
+                yield self.entry(name, first_layer, self.mesh.expert_rank), weight
 
     def entry(self, name: str, first_layer: int, expert_rank: int) -> names.Entry:
         experts = (self.config.num_moe_experts or 0) // self.mesh.expert_size
-        return names.entry_of(name, first_layer=first_layer, first_expert=expert_rank * experts)
+        return names.entry_of(
+            name, first_layer=first_layer, first_expert=expert_rank * experts, variant=self.sizes.qk_norm
+        )
+
+
+def _weights(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that belong to the model."""
+    yield from chunk.named_parameters()
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(names.BUFFERS))
 
 
 def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) -> Policy:
     """This rank's GPTModel with the weights of the Hugging Face folder `model.path`, on the mesh's device."""
     hf = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     config = transformer_config(hf, model=model, parallel=parallel, train=train, device=mesh.device.type)
+    sizes = Sizes.of(hf.to_dict())
     shape = names.Shape(
-        heads=hf.num_attention_heads,
-        kv_heads=hf.num_key_value_heads,
-        head_dim=head_dim(hf),
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size(hf.vocab_size, multiple=model.vocab_multiple, tensor=parallel.tensor),
     )
-    chunks = [_build_chunk(hf, config, shape, model.layers, mesh, stage) for stage in range(parallel.virtual_pipeline)]
-    policy = Policy(chunks, config, shape, hf.tie_word_embeddings, mesh, _all_held(chunks, config))
+    chunks = [
+        _build_chunk(hf, sizes, config, shape, model.layers, mesh, stage) for stage in range(parallel.virtual_pipeline)
+    ]
+    policy = Policy(chunks, config, sizes, shape, hf.tie_word_embeddings, mesh, _all_held(chunks, config))
     load_weights(policy, HFWeights(model.path))
     return policy
 
 
 def _build_chunk(
-    hf: Any, config: TransformerConfig, shape: names.Shape, layers: str, mesh: Mesh, chunk: int
+    hf: Any, sizes: Sizes, config: TransformerConfig, shape: names.Shape, layers: str, mesh: Mesh, chunk: int
 ) -> GPTModel:
     virtual = chunk if config.virtual_pipeline_model_parallel_size else None
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, layers, mesh.device.type, virtual),
+        transformer_layer_spec=_layer_spec(sizes, config, layers, mesh.device.type, virtual),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
@@ -100,6 +115,7 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=sizes.partial_rotary,
         rotary_base=hf.rope_parameters["rope_theta"],
         vp_stage=virtual,
     ).to(mesh.device)
@@ -115,9 +131,10 @@ def _all_held(chunks: list[GPTModel], config: TransformerConfig) -> list[Held]:
     """What every pipeline stage holds, in the order of the layers; a collective of the stages."""
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     own = [
-        Held(dist.get_rank(group), i, name, get_transformer_layer_offset(config, chunk.vp_stage), tuple(weight.shape))
+        Held(dist.get_rank(group), i, name, get_transformer_layer_offset(config, chunk.vp_stage), shape, weight.dtype)
         for i, chunk in enumerate(chunks)
-        for name, weight in chunk.named_parameters()
+        for name, weight in _weights(chunk)
+        for shape in [tuple(weight.shape)]
     ]
     stages: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(stages, own, group=group)
@@ -182,12 +199,12 @@ def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     stages: Any = parallel_state.get_pipeline_model_parallel_group()
     experts: Any = parallel_state.get_expert_model_parallel_group()
     stage = dist.get_rank(stages)
-    own = [dict(chunk.named_parameters()) for chunk in policy.chunks]
+    own = [dict(_weights(chunk)) for chunk in policy.chunks]
     for held, entries in _exported(policy):
         if held.stage == stage:
             local = own[held.chunk][held.name].detach().contiguous()
         else:
-            local = torch.empty(held.shape, dtype=policy.config.params_dtype, device=policy.mesh.device)
+            local = torch.empty(held.shape, dtype=held.dtype, device=policy.mesh.device)
         if dist.get_world_size(stages) > 1:
             dist.broadcast(local, dist.get_global_rank(stages, held.stage), group=stages)
         expert, cut = entries[0].expert, entries[0].cut
@@ -202,14 +219,15 @@ def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             yield from zip(names_of_rank, tensors, strict=True)
 
 
-def hf_shapes(policy: Policy) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and full shapes of `hf_tensors` in its order, without any communication."""
+def hf_shapes(policy: Policy) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and full shapes of `hf_tensors` in its order, without any communication."""
     mesh = policy.mesh
     for held, entries in _exported(policy):
         size = mesh.expert_tensor_size if entries[0].expert else mesh.tensor_size
         merged = entries[0].cut.merge([torch.empty(held.shape, device="meta")] * size, policy.shape)
         for entry in entries:
-            yield from zip(entry.hf_names, (tuple(tensor.shape) for tensor in merged), strict=True)
+            for name, tensor in zip(entry.hf_names, merged, strict=True):
+                yield name, held.dtype, tuple(tensor.shape)
 
 
 def _exported(policy: Policy) -> Iterator[tuple[Held, list[names.Entry]]]:
@@ -234,26 +252,64 @@ _HEAD = ("lm_head.weight",)
 _TIED_HEAD = ("model.embed_tokens.weight",)
 
 
-def _layer_spec(config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
+def _layer_spec(sizes: Sizes, config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
     """Layers for GPTModel: Transformer Engine's, or megatron-core's local ones with our attention and norm."""
     if layers == "auto":
         layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
-    moe = config.num_moe_experts
-    if layers == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=moe, moe_grouped_gemm=False, qk_layernorm=bool(config.qk_layernorm)
-        )
-    spec = get_gpt_layer_local_spec(num_experts=moe, qk_layernorm=bool(config.qk_layernorm), normalization="RMSNorm")
+    te = layers == "transformer_engine"
+    if te and sizes.latent:
+        raise ValueError("latent attention on Transformer Engine's layers is not implemented; set model.layers=local")
+    kinds = {experts: _layer(sizes, config, experts, te) for experts in {None, config.num_moe_experts}}
+    first = get_transformer_layer_offset(config, chunk)
+    specs = [
+        kinds[config.num_moe_experts if layer >= sizes.dense_layers else None]
+        for layer in range(first, first + get_num_layers_to_build(config, chunk))
+    ]
+    norm: Any = _te_norm() if te else RMSNorm  # a class, where megatron-core's annotation says module or spec
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _layer(sizes: Sizes, config: TransformerConfig, experts: int | None, te: bool) -> Any:
+    """One kind of layer: with experts or with a dense MLP."""
+    options: dict[str, Any] = {
+        "num_experts": experts,
+        "qk_layernorm": bool(config.qk_layernorm),
+        "multi_latent_attention": bool(sizes.latent),
+    }
+    if te:
+        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=False, **options)
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     parts: Any = spec.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
-    mlp = parts.mlp.keywords["submodules"]
-    (mlp.experts.keywords["submodules"] if moe else mlp).activation_func = SwiGLU
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    norm: Any = RMSNorm  # a class, where megatron-core's annotation says module or spec
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, chunk), layer_norm=norm)
+    if "o" in sizes.bias:  # megatron-core's add_bias_linear would give the MLP one too
+        attention.linear_proj = partial(_biased, attention.linear_proj)
+    if not te:
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention.core_attention = PackedAttention
+        mlp = parts.mlp.keywords["submodules"]
+        for gated in (mlp.experts, mlp.shared_experts) if experts else (parts.mlp,):
+            gated.keywords["submodules"].activation_func = SwiGLU
+        if sizes.qk_norm == "head":
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if sizes.qk_norm == "projection":
+        attention.q_layernorm = partial(ProjectionNorm, heads=sizes.heads)
+        attention.k_layernorm = partial(ProjectionNorm, heads=sizes.kv_heads)
+    if sizes.latent:
+        parts.self_attention.module = LatentAttention
+        attention.q_layernorm = RMSNorm if sizes.latent.query_rank else None
+        attention.kv_layernorm = RMSNorm
+    return spec
+
+
+def _biased(linear: Any, *sizes: int, bias: bool, **options: Any) -> torch.nn.Module:
+    return linear(*sizes, bias=True, **options)
+
+
+def _te_norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
 
 
 def _has_transformer_engine() -> bool:

@@ -1,6 +1,6 @@
 """Token statistics and updates: packed micro-batches through megatron-core's schedules and optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,8 @@ class PolicyStep:
             sequence_split=self.mesh.tensor_size if policy.config.sequence_parallel else 1,
             equal=not policy.config.variable_seq_lengths,
         )
+        self.stop_asked: Callable[[], bool] = lambda: False
+        """Is a forward pass to be left between micro-batches? Set by the actor."""
         self._selected: Tensor | None = None
         if (last := policy.chunks[-1]).post_process:
             # the hook gathers the sequence itself, so that prompts need no logits under sequence parallelism either
@@ -110,12 +112,19 @@ class PolicyStep:
         return _no_loss(logits.device)
 
     def _forward_only(self, rows: Rows, collect: Any) -> None:
+        """Every micro-batch in rounds, between which the pass can be stopped; raises micro_batch.Stopped then."""
+        packs = self._packs(rows)
+        size = micro_batch.ROUND * self.policy.config.pipeline_model_parallel_size
         for model in self.models:
             model.eval()
-        with torch.no_grad():
-            self._run(rows, collect, forward_only=True)
-        for model in self.models:
-            model.train()
+        try:
+            with torch.no_grad():
+                for start in range(0, len(packs), size):
+                    micro_batch.require_going_on(self.stop_asked(), self.mesh.device)
+                    self._run(packs[start : start + size], collect, forward_only=True)
+        finally:
+            for model in self.models:
+                model.train()
 
     def update(self, rows: Rows, *, entropy_coefficient: float = 0.0) -> dict[str, float]:
         """One optimizer step on the mini-batch that `rows` are this rank's share of; metrics of the whole mini-batch.
@@ -127,7 +136,7 @@ class PolicyStep:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(rows, partial(self._loss, rows, entropy_coefficient), forward_only=False)
+        sums = self._run(self._packs(rows), partial(self._loss, rows, entropy_coefficient), forward_only=False)
         metrics = micro_batch.metrics(_over_mesh(micro_batch.total(sums), self.mesh))
         learning_rate = self.optimizer.param_groups[0]["lr"]
         micro_batch.require_finite("loss", metrics["policy/loss"], "the weights are as before")
@@ -156,15 +165,17 @@ class PolicyStep:
             count, sums["count"] = torch.zeros_like(count), torch.zeros_like(sums["count"])
         return loss_sum, count, sums
 
-    def _run(self, rows: Rows, loss: Any, *, forward_only: bool) -> list[dict[str, Tensor]]:
-        """Every micro-batch through megatron-core's schedule; what `loss` returned third, on the last stage."""
-        packs = micro_batches(
+    def _packs(self, rows: Rows) -> list[Packed]:
+        return micro_batches(
             rows,
             size=self.micro_batch_size,
             token_cap=self.micro_batch_tokens,
             layout=self.layout,
             agree=self._agree_on_count,
         )
+
+    def _run(self, packs: list[Packed], loss: Any, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        """The micro-batches through megatron-core's schedule; what `loss` returned third, on the last stage."""
         iterators = [iter(packs) for _ in self.models]
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, loss),

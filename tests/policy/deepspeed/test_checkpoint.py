@@ -46,7 +46,7 @@ def _save_and_load(rank: int, world_size: int, model: Path, folder: Path, stage:
     _update(step, BEFORE)
     saving = ZeroCheckpoint(step)
     saving.save(folder)
-    saving.finish()
+    sums = saving.finish()
     saved, number = _weights(step), float(torch.rand(()))
     metrics = _update(step, AFTER)
     went_on = metrics, _weights(step), number
@@ -54,7 +54,8 @@ def _save_and_load(rank: int, world_size: int, model: Path, folder: Path, stage:
     torch.manual_seed(99)
     ZeroCheckpoint(resumed).load(folder)
     number = float(torch.rand(()))
-    return {"saved": saved, "went on": went_on, "resumed": (_update(resumed, AFTER), _weights(resumed), number)}
+    again = _update(resumed, AFTER), _weights(resumed), number
+    return {"saved": saved, "sums": sums, "went on": went_on, "resumed": again}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -73,6 +74,9 @@ def test_resumed_updates_are_those_of_the_run_bit_for_bit_and_the_export_loads(
         assert all(torch.equal(same_weights[key], value) for key, value in weights.items())
         assert not torch.equal(weights["model.norm.weight"], rank["saved"]["model.norm.weight"])
 
+    on_disk = {f"deepspeed/{file.name}" for file in (folder / "deepspeed").iterdir()}
+    told = [name for rank in ranks for name in rank["sums"]]
+    assert sorted(told) == sorted(on_disk), "each file is told by the one rank that wrote it"
     recipe = {"model": {"path": str(model), "dtype": dtype}}
     (folder / checkpoint.STATE).write_text(json.dumps({"recipe": recipe}))
     checkpoint.write_manifest(folder, step=2, scores={})

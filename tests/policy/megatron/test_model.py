@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dcpo_openrlhf.policy.megatron.model import hf_shapes, hf_tensors
 from tests.distributed import run_distributed
 from tests.policy.megatron.common import make_policy, make_step, random_rows
-from tests.tiny import ARCHITECTURE_FIELDS, make_tiny_model
+from tests.tiny import ARCHITECTURE_FIELDS, MIXTURES, make_tiny_model
 
 MODELS = [(architecture, tie) for architecture in ARCHITECTURE_FIELDS for tie in (True, False)]
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
@@ -43,7 +43,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def fits(architecture: str, mesh: str) -> bool:
-    return architecture == "qwen3_moe" or "expert" not in MESHES[mesh][1]
+    return architecture in MIXTURES or "expert" not in MESHES[mesh][1]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def _come_back(
                 continue
             policy = make_policy(path, rank=rank, world_size=world_size, **MESHES[mesh][1])
             tensors = list(hf_tensors(policy))
-            declared = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+            declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
             differences = [] if list(hf_shapes(policy)) == declared else ["hf_shapes declares others"]
             expected = load_file(path / "model.safetensors")
             if len(tensors) != len(expected) or {name for name, _ in tensors} != set(expected):
@@ -105,15 +105,23 @@ def _statistics(rank: int, world_size: int, models: dict[Any, Path], tensor: int
     return found
 
 
+@pytest.fixture(scope="module")
+def statistics(models: dict[tuple[str, bool], Path]) -> dict[int, list[dict[Any, Any]]]:
+    return {tensor: run_distributed(_statistics, tensor, models, tensor) for tensor in (1, 2)}
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_statistics_are_those_of_transformers(models: dict[tuple[str, bool], Path], tensor: int) -> None:
-    results = run_distributed(_statistics, tensor, models, tensor)
-    for key, path in models.items():
-        for name, value in _hf_statistics(path).items():
-            for rank in results:
-                torch.testing.assert_close(
-                    rank[key][name].double(), value, atol=1e-4, rtol=0, msg=lambda m, key=key: f"{key}: {m}"
-                )
+@pytest.mark.parametrize(("architecture", "tie"), MODELS)
+def test_statistics_are_those_of_transformers(
+    statistics: dict[int, list[dict[Any, Any]]],
+    models: dict[tuple[str, bool], Path],
+    architecture: str,
+    tie: bool,
+    tensor: int,
+) -> None:
+    for name, value in _hf_statistics(models[architecture, tie]).items():
+        for rank in statistics[tensor]:
+            torch.testing.assert_close(rank[architecture, tie][name].double(), value, atol=1e-4, rtol=0)
 
 
 def _hf_statistics(path: Path) -> dict[str, torch.Tensor]:

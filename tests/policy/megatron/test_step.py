@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcpo_openrlhf.policy import micro_batch
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from tests.distributed import run_distributed
 from tests.policy.megatron.common import make_policy, make_step, random_rows
-from tests.tiny import make_tiny_model
+from tests.tiny import ARCHITECTURE_FIELDS, MIXTURES, make_tiny_model
 
 # name: (processes, architecture, mesh and recomputation)
 MESHES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -115,3 +116,78 @@ def test_update_equals_that_of_one_process(results: dict[int, list[dict[str, Any
     assert ranks[0][name, split][2].keys() == weights.keys()
     for key, value in weights.items():
         torch.testing.assert_close(ranks[0][name, split][2][key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+# every family: (processes, mesh); megatron-core trains experts on tensor ranks with sequence parallelism alone
+FAMILY_MESHES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "ep2": (2, {"expert": 2}),
+}
+FAMILY_CASES = [
+    (architecture, mesh)
+    for architecture in ARCHITECTURE_FIELDS
+    for mesh in FAMILY_MESHES
+    if mesh != "one" and (mesh != "ep2" or architecture in MIXTURES)
+]
+
+
+def _one_update(rank: int, world_size: int, models: dict[str, Path]) -> dict[Any, Any]:
+    """{(family, mesh): (metrics of an update, weights)} of every mesh of this many processes."""
+    found = {}
+    for architecture, path in models.items():
+        for name, (size, sizes) in FAMILY_MESHES.items():
+            if size == world_size and (name != "ep2" or architecture in MIXTURES):
+                policy = make_policy(path, rank=rank, world_size=world_size, **sizes)
+                step, mesh = make_step(policy, micro_batch_tokens=60), policy.mesh
+                metrics = step.update(random_rows().part(mesh.data_rank, mesh.data_size), entropy_coefficient=0.1)
+                found[architecture, name] = metrics, {key: value.clone() for key, value in hf_tensors(policy)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def family_updates(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], list[dict[Any, Any]]]:
+    """Of one process, and of both ranks of two."""
+    folder = tmp_path_factory.mktemp("families")
+    models = {
+        a: make_tiny_model(folder / a, architecture=a, hidden=64, kv_heads=4, tie=False) for a in ARCHITECTURE_FIELDS
+    }
+    (alone,) = run_distributed(_one_update, 1, models)
+    return alone, run_distributed(_one_update, 2, models)
+
+
+@pytest.mark.parametrize(("architecture", "mesh"), FAMILY_CASES)
+def test_every_family_is_updated_as_in_one_process(
+    family_updates: tuple[dict[Any, Any], list[dict[Any, Any]]], architecture: str, mesh: str
+) -> None:
+    alone, ranks = family_updates
+    metrics, weights = alone[architecture, "one"]
+    for rank in ranks:
+        found, tensors = rank[architecture, mesh]
+        assert found == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+        assert tensors.keys() == weights.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(tensors[key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+def _stopped(rank: int, world_size: int, path: Path, sizes: dict[str, Any]) -> tuple[int, bool]:
+    """(micro-batches done before the pass was left, is the next pass as ever)."""
+    step = make_step(make_policy(path, rank=rank, world_size=world_size, **sizes), micro_batch_size=1)
+    rows, done = random_rows(batch=40), []
+    before = step.token_statistics(rows, temperatures=[0.8])
+    step.stop_asked = lambda: rank == 1 and len(done) > 0  # one rank alone hears of it
+    original = step._run
+    step._run = lambda packs, *args, **kwargs: (done.append(len(packs)), original(packs, *args, **kwargs))[1]
+    with pytest.raises(micro_batch.Stopped):
+        step.token_statistics(rows, temperatures=[0.8])
+    step.stop_asked = lambda: False
+    after = step.token_statistics(rows, temperatures=[0.8])
+    return done[0], all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["tp2", "pp2", "dp2"])
+def test_a_forward_pass_is_left_between_micro_batches_by_every_rank(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    path = make_tiny_model(tmp_path / "model")
+    for done, same in run_distributed(_stopped, 2, path, sizes):
+        assert done == micro_batch.ROUND * sizes.get("pipeline", 1) and same
