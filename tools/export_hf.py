@@ -205,7 +205,8 @@ def _stop_tokens(folder: Path, model: Path) -> list[int]:
     """Tokens that ended the responses of the run; none for a checkpoint that no run saved."""
     from transformers import AutoTokenizer
 
-    recipe = json.loads((folder / checkpoint.STATE).read_text()).get("recipe", {})
+    state = folder / checkpoint.STATE
+    recipe = json.loads(state.read_text()).get("recipe", {}) if state.is_file() else {}
     if "task" not in recipe:
         return []
     trusted = recipe["model"].get("trust_remote_code", False)

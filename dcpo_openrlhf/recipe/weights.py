@@ -94,10 +94,14 @@ def _names(folder: Path, held: set[str], hf: Any) -> Iterator[str]:
     """Tensors that the model needs and the folder lacks, and those that nothing would read."""
     try:
         sizes = Sizes.of(hf)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         return  # said of config.json
+    if sizes.latent:
+        return  # whose names this list does not hold
     needed = set(names(sizes))
     needless = {"lm_head.weight"} if sizes.tied else set()
+    drafting = range(sizes.layers, sizes.layers + (hf.get("num_nextn_predict_layers") or 0))
+    needless |= {name for name in held if _layer(name) in drafting}  # they guess tokens ahead, here for nobody
     if lacking := sorted(needed - held):
         yield f"{folder} lacks {_list(lacking)}, which a model of its config.json has; download both again"
     if unread := sorted(name for name in held - needed - needless if not NEEDLESS.fullmatch(name)):
@@ -105,6 +109,11 @@ def _names(folder: Path, held: set[str], hf: Any) -> Iterator[str]:
             f"{folder} holds {_list(unread)}, which nothing would read for its config.json: the policy would be "
             "another model than its weights; use the model's own config.json, or an unquantised model of a known family"
         )
+
+
+def _layer(name: str) -> int | None:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def names(s: Sizes) -> Iterator[str]:
@@ -116,12 +125,13 @@ def names(s: Sizes) -> Iterator[str]:
     attention += [f"{name}_proj.bias" for name in s.bias]
     attention += ["q_norm.weight", "k_norm.weight"] * (s.qk_norm != "none")
     mlp = [f"{part}_proj.weight" for part in ("gate", "up", "down")]
-    if s.experts:
-        mlp = ["gate.weight", *(f"experts.{e}.{name}" for e in range(s.experts) for name in mlp)]
+    mixture = ["gate.weight"] + ["gate.e_score_correction_bias"] * (s.router == "sigmoid")
+    mixture += [f"shared_experts.{name}" for name in mlp] * bool(s.shared_ffn)
+    mixture += [f"experts.{e}.{name}" for e in range(s.experts) for name in mlp]
     for layer in range(s.layers):
         yield from (f"model.layers.{layer}.{norm}_layernorm.weight" for norm in ("input", "post_attention"))
         yield from (f"model.layers.{layer}.self_attn.{name}" for name in attention)
-        yield from (f"model.layers.{layer}.mlp.{name}" for name in mlp)
+        yield from (f"model.layers.{layer}.mlp.{name}" for name in (mlp if layer < s.dense_layers else mixture))
 
 
 def _list(found: list[str]) -> str:

@@ -114,6 +114,13 @@ def test_tensors_that_follow_from_others_may_be_there(folder: Path) -> None:
     assert list(weights.violations(folder, config(folder) | {"tie_word_embeddings": True})) == []
 
 
+def test_a_layer_that_drafts_tokens_may_be_there(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.ones(2)}, folder / "model.safetensors")
+    assert "1 tensor (model.layers.2.eh_proj.weight)" in said(folder)
+    assert list(weights.violations(folder, config(folder) | {"num_nextn_predict_layers": 1})) == []
+
+
 def test_tensors_that_the_model_lacks(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1." not in k}, folder / "model.safetensors")
