@@ -216,7 +216,7 @@ class _Point:
                 raise Undefined("log 0")
             self.real &= not (mp.im(x) == 0 and mp.re(x) < 0)
             # log without a base is ln to some and log_10 to others: only what holds for every base is equal.
-            return mp.log(x) * (1 if name == "ln" else self._unknown("log", []))
+            return mp.log10(x) if name == "lg" else mp.log(x) * (1 if name == "ln" else self._unknown("log", []))
         if name in ("floor", "ceil"):
             return mp.floor(x) if name == "floor" else mp.ceil(x)
         name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot"}.get(
@@ -290,6 +290,8 @@ def equal(a: Node, b: Node) -> bool:
     At points with negative variables, roots and logarithms may leave the real numbers: such a point decides nothing,
     unless absolute values stand there, which are about signs.
     """
+    if _calls(a, "lg") != _calls(b, "lg"):
+        a, b = _decimal_logarithm(a), _decimal_logarithm(b)
     names = symbols(a) | symbols(b)
     is_constant = not names and not contains(a, "app") and not contains(b, "app")
     if is_constant:
@@ -300,6 +302,17 @@ def equal(a: Node, b: Node) -> bool:
             return False
         verdicts.append(_same_at(a, b, number, VARIABLE_DIGITS, False))
     return False not in verdicts and verdicts.count(True) >= 3
+
+
+def _calls(node: Node, name: str) -> bool:
+    return node[:2] == ("fn", name) or any(_calls(child, name) for child in node[1:] if isinstance(child, tuple))
+
+
+def _decimal_logarithm(node: Node) -> Node:
+    """log without a base as log_10, where the other formula says log_10."""
+    if node[:2] == ("fn", "log"):
+        return ("fn", "lg", _decimal_logarithm(node[2]))
+    return tuple(_decimal_logarithm(c) if isinstance(c, tuple) and c and isinstance(c[0], str) else c for c in node)
 
 
 def _not_unequal_exactly(a: Node, b: Node) -> bool:

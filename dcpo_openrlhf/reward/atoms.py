@@ -165,6 +165,8 @@ class Atoms(Cursor):
             base, exponent = (value, exponent) if which == "_" else (base, value)
         argument = self._function_argument()
         node: Node = ("fn", name, argument) if base is None else ("div", ("fn", "ln", argument), ("fn", "ln", base))
+        if base == ("num", Fraction(10), None):
+            node = ("fn", "lg", argument)
         if name == "log" and base == ("const", "e"):
             node = ("fn", "ln", argument)
         if exponent == ("neg", ("num", Fraction(1), None)):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from dcpo_openrlhf.reward.algebra import exact, symbols
+from dcpo_openrlhf.reward.algebra import decimal_of, exact, symbols
 from dcpo_openrlhf.reward.quantity import base_value
 from dcpo_openrlhf.reward.realsets import FLIPPED, Interval, is_infinite, real_set, reversed_relation
 from dcpo_openrlhf.reward.shapes import (
@@ -246,8 +246,8 @@ def _same_interval(a: Interval, b: Interval, ask: Oracle) -> bool:
 
 def _match_quantity(gold: Node, found: Node, ask: Oracle) -> bool:
     """With its own unit or one that says the same; a bare number where the gold has a single unit and no direction."""
-    if found[0] == "rel":
-        return all(part != "<" for part in found[2::2]) and _chain(gold, found, ask)
+    if found[0] in ("rel", "approx"):
+        return _chain(gold, found, ask)
     unit = gold[2]
     if found[0] == "qty":
         if unit.dims == found[2].dims:
@@ -264,7 +264,7 @@ def _match_quantity(gold: Node, found: Node, ask: Oracle) -> bool:
 
 
 def _match_value(gold: Node, found: Node, ask: Oracle) -> bool:
-    if found[0] == "rel":
+    if found[0] in ("rel", "approx"):
         return _chain(gold, found, ask)
     if found[0] == "group" and found[1] == "{" and len(found) == 4 and gold[0] != "num":
         return match(gold, found[3], ask)
@@ -291,12 +291,16 @@ def _match_bare(gold: Node, found: Node, ask: Oracle) -> bool:
 
 
 def _chain(gold: Node, found: Node, ask: Oracle) -> bool:
-    """x = 2 + 3 = 5: every part but a label at one end is the gold."""
+    """x = 2 + 3 = 5: every part but a label at one end is the gold; x about 3.14 is only for a decimal gold."""
+    if found[0] == "approx":
+        found = ("rel", ("sym", ""), "~", found[1])
     parts, signs = list(found[1::2]), found[2::2]
     if any(sign not in ("=", "~") for sign in signs):
         return False
-    if is_label(parts[0]) and parts[0] not in (gold,):
+    if is_label(parts[0]) and parts[0] != gold:
+        if signs[0] == "~" and decimal_of(gold[1] if gold[0] == "qty" else gold) is None:
+            return False
         parts = parts[1:]
-    elif is_label(parts[-1]) and parts[-1] not in (gold,):
+    elif is_label(parts[-1]) and parts[-1] != gold:
         parts = parts[:-1]
     return bool(parts) and all(part[0] not in ("list", "rel") and match(gold, part, ask) for part in parts)

@@ -4,7 +4,8 @@ A node is a tuple, its kind first: ("num", Fraction, places | None), ("sym", nam
 ("add" | "mul" | "div" | "pow" | "binom" | "root" | "pm", a, b), ("neg" | "fact" | "abs", a), ("fn", name, a),
 ("app", name, *arguments), ("qty", value, Unit, is_compound); above them ("list" | "union", *members),
 ("group", opening, closing, *members), ("rel", a, sign, b, ...), ("ratio", *parts), ("minus", set, set),
-("cong", a, modulus), ("matrix", environment, *rows), ("cycle", numbers), ("ellipsis",).
+("cong", a, modulus), ("matrix", environment, *rows), ("cycle", numbers), ("approx", a),
+("ellipsis",).
 """
 
 from fractions import Fraction
@@ -74,7 +75,7 @@ class Reader(Atoms):
         if self.accept("ldots"):
             return ("ellipsis",)
         if self.accept("approx"):
-            return self.union()
+            return ("approx", self.union())
         parts: list[Any] = [self.union()]
         while self.next.kind in ("op", "cmd") and self.next.text in RELATIONS:
             sign = RELATIONS[self.take().text]
@@ -269,8 +270,13 @@ def _mixed(node: Node, right: Node) -> Node | None:
 
 
 def has_standing(tokens: list[Token]) -> set[str]:
-    """What the tokens leave to be worked out."""
-    return {t.text.removeprefix("p") for t in tokens if t.kind == "cmd" and t.text in STANDING}
+    """What the tokens leave to be worked out; a subscript, as in m_{max}, is only a name."""
+    found = set()
+    for i, token in enumerate(tokens):
+        before = "".join(t.text for t in tokens[max(0, i - 2) : i])
+        if token.kind == "cmd" and token.text in STANDING and not before.endswith(("_", "_{")):
+            found.add(token.text.removeprefix("p"))
+    return found
 
 
 def read(tokens: list[Token], *, bare_units: bool = False) -> Node:

@@ -38,7 +38,8 @@ HEDGES = names(
     seven eight nine ten eleven twelve zero first last next even odd prime positive
     negative maximum minimum  remainder rounded will would could should
     might may can cannot can't don't know think sure we i you it that this these those which what
-    who why how
+    who why how halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths
+    thousandths millionths hundreds thousands millions billions trillions dozens bn mn mil
     """
 )
 """Words that make more, less or nothing of a number: none of them stands in a unit or the name of a counted thing."""
