@@ -28,7 +28,8 @@ LEVELS = (
     ("weight_sync",),
     ("openrlhf_seam",),
     ("recipe",),
-    ("checkpoint", "signals", "local_ray", "errors"),
+    ("checkpoint", "signals", "local_ray"),
+    ("errors",),
     ("methods",),
     ("objectives", "controller"),
 )

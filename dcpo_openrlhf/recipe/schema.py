@@ -1,32 +1,14 @@
 """The recipe: every setting of a run, its type, its default and its rule. Nothing else in the package has defaults."""
 
-import contextlib
 import datetime
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dcpo_openrlhf.recipe.fields import Expanded, Fraction, Port, Positive
 from dcpo_openrlhf.recipe.processor import native_dtype
 from dcpo_openrlhf.recipe.rules import rules
-
-
-def _expanded(path: Path) -> Path:
-    try:
-        found = Path(os.path.expandvars(path)).expanduser()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            found.lstat()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"is no path here ({error})") from None
-    return found
-
-
-Expanded = Annotated[Path, AfterValidator(_expanded)]
-"""A path in which ~ and $VARIABLES are filled in."""
-Positive = Annotated[int, Field(gt=0)]
-Port = Annotated[int, Field(ge=1024, le=65535)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class RecipeError(ValueError):

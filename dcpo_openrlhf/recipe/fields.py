@@ -1,0 +1,25 @@
+"""Types that several fields of a recipe have."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        found = Path(os.path.expandvars(path)).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"is no path here ({error})") from None
+    return found
+
+
+Expanded = Annotated[Path, AfterValidator(_expanded)]
+"""A path in which ~ and $VARIABLES are filled in."""
+Positive = Annotated[int, Field(gt=0)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
