@@ -10,6 +10,7 @@ import pytest
 from dcpo_openrlhf.reward.compare import settle, symbolic_equal
 from dcpo_openrlhf.reward.extract import extract_boxed
 from dcpo_openrlhf.reward.pool import GraderPool
+from tools.grade_cases import faults
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 DATA_SETS = ("math500", "minerva_math", "olympiadbench", "amc23", "aime24")
@@ -153,3 +154,10 @@ def test_golds_with_one_thing_changed_earn_zero(name: str) -> None:
         (g, m) for g in golds(name) for m in mutations(g) if m != g and m not in unchanged and earned(m, g) != 0.0
     ]
     assert failed == []
+
+
+def test_the_tool_names_the_faults() -> None:
+    labels = [("5", "5.0", 1), ("5", "6", 0), ("\\sqrt{2}", "2^{1/2}", 0)]
+    cases = [{"family": "f", "gold": gold, "answer": answer, "success": success} for gold, answer, success in labels]
+    with GraderPool(workers=1, extractor="boxed", deadline_s=120) as pool:
+        assert faults(cases, pool) == cases[2:]
