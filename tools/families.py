@@ -89,7 +89,7 @@ def page(results: Results | None, kept: Mapping[str, str]) -> str:
     lines = [
         "# Model families",
         "",
-        "`python -m tools.families --run --output docs/families.md` made this page: it ran the proofs and counts "
+        "`python -m tools.families --run --output docs/families.md` makes this page: it runs the proofs and counts "
         "their cases. The one list is `dcpo_openrlhf/recipe/families.py`; [add_a_model](add_a_model.md) shows the way "
         "into it.",
         "",
@@ -110,10 +110,8 @@ def _row(name: str, results: Results | None) -> str:
     fields = ARCHITECTURE_FIELDS[name]
     family = str(fields.get("model_type", name))
     shown = family if family == name else f"{family}, {name.removeprefix(family + '_')}"
-    cells = [
-        "not run" if results is None else ", ".join(f"{n} {what}" for what, n in sorted(results[column, name].items()))
-        for column in PROOFS
-    ]
+    counts = [results[column, name] if results else Counter[str]() for column in PROOFS]
+    cells = [", ".join(f"{n} {what}" for what, n in sorted(count.items())) or "not run" for count in counts]
     return f"| {shown} | {FAMILIES[family].example if family == name else ''} | {' | '.join(cells)} |"
 
 
