@@ -57,8 +57,6 @@ ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
     # biases and norms of queries and keys are in some sizes of the family alone
     "glm4_moe": SIGMOID | {"attention_bias": True, "use_qk_norm": True},
-    "deepseek_v3": SIGMOID | LATENT,
-    "deepseek_v3_qlora": SIGMOID | LATENT | {"model_type": "deepseek_v3", "q_lora_rank": 32},
 }
 MIXTURES = [name for name, fields in ARCHITECTURE_FIELDS.items() if "num_experts_per_tok" in fields]
 

@@ -77,18 +77,11 @@ FAMILIES: dict[str, Family] = {
         experts="n_routed_experts",
         router="sigmoid",
     ),
-    "deepseek_v3": Family(
-        "Moonlight-16B-A3B",
-        # vLLM alone reads the last two, and takes something else where they are missing
-        only=_NO_BIAS | _SIGMOID | {"rope_interleave": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-        absent={"n_group": 8, "topk_group": 4, "topk_method": None, "scoring_func": "softmax"},
-        qk_norm="latent",
-        experts="n_routed_experts",
-        router="sigmoid",
-    ),
 }
 
 LACKS: dict[str, str] = {
+    "deepseek_v3": "the trainer's proofs pass, the engine's has not been seen to: of the tiny model vLLM's CPU build says "
+    "'Head dimension 64 is not supported by MLA'",
     "gpt_oss": "its experts stand in one tensor, gate and up by turns, with biases, a clamped activation and mxfp4 as "
     "published, and its attention has a sink in each head and a window in every other layer: no layer here has either",
 }

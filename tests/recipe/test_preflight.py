@@ -240,46 +240,6 @@ def test_mesh_that_does_not_fit_a_model_with_experts(
     assert only(violations(mesh | {"model.path": model_with(**MOE)})).startswith(said)
 
 
-LATENT = {
-    "model_type": "deepseek_v3",
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "kv_lora_rank": 30,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-}
-
-
-@pytest.mark.parametrize(
-    ("tensor", "changes", "said"),
-    [
-        (2, {}, ""),
-        (4, {}, r"parallel.tensor = 4 must divide kv_lora_rank \+ qk_rope_head_dim = 62; this model allows 1, 2"),
-        (1, {"v_head_dim": None}, ".* has no v_head_dim; complete it"),
-        (
-            1,
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "rope_type = 'yarn' in .* is not implemented, only default; use",
-        ),
-        (1, {"n_group": None}, "n_group = 8 in .* is not implemented, only 1"),
-    ],
-)
-def test_latent_attention_is_planned_and_bounds_the_mesh(
-    violations: Check, model_with: Callable[..., Path], tensor: int, changes: dict[str, Any], said: str
-) -> None:
-    mesh = {"parallel.tensor": tensor, "parallel.devices_per_node": 4, "run.logical_devices": 5}
-    lines = violations(mesh | {"parallel.sequence_parallel": tensor > 1, "model.path": model_with(**LATENT | changes)})
-    assert re.match(said, only(lines)) if said else lines == []
-
-
 def test_dense_model_has_no_experts_to_share(violations: Check) -> None:
     line = only(violations({"parallel.expert": 2, "parallel.devices_per_node": 2, "run.logical_devices": 3}))
     assert line == "parallel.expert = 2 needs a model with experts, got model_type = 'llama'; set 1"
