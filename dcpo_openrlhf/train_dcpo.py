@@ -116,7 +116,10 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
         strategy = RecipeStrategy(recipe)
         grader = stack.enter_context(
             GraderPool(
-                workers=recipe.reward.workers, extractor=recipe.reward.extractor, deadline_s=recipe.reward.deadline
+                workers=recipe.reward.workers,
+                extractor=recipe.reward.extractor,
+                deadline_s=recipe.reward.deadline,
+                batch_deadline_s=recipe.reward.batch_deadline,
             )
         )
         engines, group = _start_actors(recipe, strategy, stack)
@@ -125,13 +128,13 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
         )
 
 
-def _before_exit(save: Callable[[], Any], seconds: float) -> None:
+def _before_exit(save: Callable[[], Any], seconds: float, *, bound: str = "checkpoint.signal_timeout") -> None:
     """save() in at most `seconds`; where that fails, say so: the run ends for another reason, and that one is told."""
     try:
         with signals.limit(seconds):
             save()
     except signals.OutOfTime:
-        logger.warning("no checkpoint of the last step: checkpoint.signal_timeout is over; the last whole one stays")
+        logger.warning("no checkpoint of the last step: %s is over; the last whole one stays", bound)
     except Exception as error:
         logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
 
@@ -152,9 +155,9 @@ def _told(error: Exception) -> RunError | None:
 def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:
     """A checkpoint of the last finished step, where the weights are still that step's; else say what is lost."""
     if trainer.in_hand is None:
-        _before_exit(trainer.save_before_exit, seconds)
+        _before_exit(trainer.save_before_exit, seconds, bound="checkpoint.error_timeout")
         return
-    _before_exit(trainer.checkpoints.finish, seconds)
+    _before_exit(trainer.checkpoints.finish, seconds, bound="checkpoint.error_timeout")
     saved = trainer.checkpoints.saved_step
     logger.warning(
         "the update of step %d was under way, so the weights are no finished step's: of %d steps after the newest "
@@ -196,8 +199,8 @@ def _tokenizer(recipe: Recipe) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers and what it stands on raise classes of their own for a bad config.json
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RecipeError(f"the tokenizer of {recipe.model.path} cannot be loaded ({reason}); complete it") from error
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise RecipeError(

@@ -21,7 +21,7 @@ from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
-from dcpo_openrlhf.recipe.resume import REPORT
+from dcpo_openrlhf.recipe.resume import REPORT, what_is_kept
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import tasks
@@ -174,15 +174,6 @@ class DCPOTrainer(BasePPOTrainer):
             self.checkpoints.begin(*self.settled)
             self.checkpoints.finish()
 
-    def what_is_kept(self) -> str:
-        """Where the policy stands after the end of a run that the monitor stopped."""
-        c, folder = self.recipe.checkpoint, self.recipe.run.dir
-        kept = [f"checkpoint step_{self.checkpoints.saved_step:06d}"] if c.every else []
-        kept += ["the exported policy hf/"] if c.export_hf else []
-        if not kept:
-            return "the policy is not kept: checkpoint.every = 0 and checkpoint.export_hf = false"
-        return f"{' and '.join(kept)} stand in {folder}" + ("" if c.every else "; checkpoint.every = 0: no resume")
-
     def minutes(self) -> float:
         """Minutes of this run, those before its checkpoint included."""
         return (time.monotonic() - self.begin) / 60
@@ -297,7 +288,7 @@ class DCPOTrainer(BasePPOTrainer):
         """Close the sinks; raises MonitorStop where the monitor ended the run."""
         self.log.close()
         if self.monitor.stopping:
-            raise MonitorStop(self.monitor.stopping, saved=self.what_is_kept())
+            raise MonitorStop(self.monitor.stopping, saved=what_is_kept(self.recipe, self.checkpoints.saved_step))
 
     def evaluate(self, global_step: int, **_: Any) -> float | None:  # type: ignore[override]
         """Held-out accuracy (Avg@samples) of the engines' weights; None without held-out problems."""

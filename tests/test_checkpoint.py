@@ -11,7 +11,15 @@ import pytest
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole
 from dcpo_openrlhf.recipe.load import resolved_yaml
-from dcpo_openrlhf.recipe.resume import MAY_DIFFER, _flat, differences, finished, prepare_run_folder, resume_point
+from dcpo_openrlhf.recipe.resume import (
+    MAY_DIFFER,
+    _flat,
+    differences,
+    finished,
+    prepare_run_folder,
+    resume_point,
+    what_is_kept,
+)
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 
@@ -248,6 +256,15 @@ def test_deepspeeds_files_belong_to_one_backend_stage_and_number_of_ranks(tmp_pa
             resume_point(make_recipe(tmp_path, parallel=parallel, checkpoint={"resume": "auto"}))
     same = make_recipe(tmp_path, parallel=zero, rollout={"engines": 2}, checkpoint={"resume": "auto"})
     assert resume_point(same) is not None
+
+
+def test_what_is_kept_says_no_more_than_there_is(tmp_path: Path) -> None:
+    def kept(**checkpoint: Any) -> str:
+        return what_is_kept(make_recipe(tmp_path, checkpoint=checkpoint), 7)
+
+    assert kept() == f"checkpoint step_000007 and the exported policy hf/ in {tmp_path}"
+    assert kept(every=0) == f"the exported policy hf/ in {tmp_path}; with checkpoint.every = 0 it cannot be resumed"
+    assert "is not kept" in kept(every=0, export_hf=False)
 
 
 def test_experts_stay_shared_out_or_whole(tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def finished(recipe: Recipe) -> bool:
     return point is not None and point.step == recipe.train.steps and (recipe.run.dir / REPORT).is_file()
 
 
+def what_is_kept(recipe: Recipe, saved_step: int) -> str:
+    """Where the policy of a run stands that has ended."""
+    c, folder = recipe.checkpoint, recipe.run.dir
+    kept = [f"checkpoint step_{saved_step:06d}"] if c.every else []
+    kept += ["the exported policy hf/"] if c.export_hf else []
+    if not kept:
+        return "the policy is not kept: checkpoint.every = 0 and checkpoint.export_hf = false"
+    return f"{' and '.join(kept)} in {folder}" + ("" if c.every else "; with checkpoint.every = 0 it cannot be resumed")
+
+
 def keep_chosen(recipe: Recipe) -> Recipe:
     """The recipe with the model.dtype and task.date of the checkpoint that it resumes, where it leaves them open.
 

@@ -82,6 +82,8 @@ class Reward(Section):
     """Grader processes."""
     deadline: Annotated[float, Field(gt=0)] = 10.0
     """Seconds for one comparison; then 0, a counted event and a fresh worker."""
+    batch_deadline: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for all comparisons of a step; what is left then earns 0 and is counted."""
 
 
 class Method(Section):

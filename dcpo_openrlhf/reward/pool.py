@@ -5,6 +5,7 @@ comparisons run in worker processes (worker.py) that are killed at a deadline an
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -95,13 +96,15 @@ class GraderPool:
     interpreter exit, and by themselves when the parent dies. Threads may share a pool; they take turns.
     """
 
-    def __init__(self, *, workers: int, extractor: Extractor, deadline_s: float):
+    def __init__(self, *, workers: int, extractor: Extractor, deadline_s: float, batch_deadline_s: float = math.inf):
+        """batch_deadline_s: seconds of one `grade`, from its first comparison on; what is left then has timed out."""
         check_answers(extractor, [])
         if workers < 1 or deadline_s <= 0:
             raise ValueError(f"a pool needs workers >= 1 and deadline_s > 0, not {workers} and {deadline_s}")
         self.timeouts = 0  # responses graded 0 since their comparison took longer than deadline_s
         self.crashes = 0  # responses graded 0 since their worker died
         self._size, self._extractor, self._deadline_s = workers, extractor, deadline_s
+        self._batch_deadline_s = batch_deadline_s
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
@@ -144,15 +147,19 @@ class GraderPool:
     def _compare(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         """pair (gold, found) -> "equal", "unequal", "timed_out" or "crashed"."""
         outcomes: dict[tuple[str, str], str] = {}
-        pending = deque(pairs)
+        pending, ends = deque(pairs), math.inf
         try:
             while len(outcomes) < len(pairs):
                 self._hand_out(pending, outstanding=len(pairs) - len(outcomes))
                 active = [w for w in self._workers if not w.idle]
-                patience = max(0.0, min(w.due for w in active) - time.monotonic())
+                if ends == math.inf and any(w.pair for w in active):  # starting a worker is not comparing
+                    ends = time.monotonic() + self._batch_deadline_s
+                patience = max(0.0, min(ends, *(w.due for w in active)) - time.monotonic())
                 for worker in wait(active, timeout=patience):  # type: ignore  # anything with a fileno will do
                     self._receive(worker, outcomes)  # type: ignore
                 self._expire(outcomes)
+                if time.monotonic() >= ends:
+                    self._end_batch(pending, outcomes)
         except BaseException:
             _stop_all(self._workers)  # their answers would be taken for those of the next call
             raise
@@ -197,6 +204,15 @@ class GraderPool:
                 )
             outcomes[worker.pair] = "timed_out"
             self._discard(worker)
+
+    def _end_batch(self, pending: deque[tuple[str, str]], outcomes: dict[tuple[str, str], str]) -> None:
+        """What is compared and what waits has timed out."""
+        for worker in [w for w in self._workers if w.pair is not None]:
+            assert worker.pair is not None
+            outcomes[worker.pair] = "timed_out"
+            self._discard(worker)
+        outcomes |= dict.fromkeys(pending, "timed_out")
+        pending.clear()
 
     def _discard(self, worker: _Worker) -> int:
         self._workers.remove(worker)

@@ -516,6 +516,7 @@ def make_trainer(recipe: Recipe) -> Any:
         controller=SimpleNamespace(no_success_count=2),
         grader=SimpleNamespace(timeouts=1, crashes=0),
         weights_version=5,
+        checkpoints=SimpleNamespace(saved_step=1),
         grades=[Grade(r["reward"], r["answer"]) for r in rows],
         experiences=[experience(rows[: 2 * GROUP], "dcpo"), experience(rows[2 * GROUP :], "dcpo")],
     )
@@ -546,7 +547,8 @@ def test_alerts_reach_events_the_log_and_the_end_of_the_run(tmp_path: Path, capl
     (event,) = [e for e in events if e["cause"] == "mismatch"]
     assert event["step"] == 1 and event["action"] == "stop" and event["evidence"]["mismatch/prob_diff_mean"] > 0.01
     assert "mismatch" in caplog.text
-    with pytest.raises(MonitorStop, match=rf"mismatch: trainer and engine.*\n.*saved in {tmp_path}") as stop:
+    kept = rf"checkpoint step_000001 and the exported policy hf/ in {tmp_path}"
+    with pytest.raises(MonitorStop, match=rf"mismatch: trainer and engine.*\n{kept}") as stop:
         DCPOTrainer.close(trainer)
     assert [alert.cause for alert in stop.value.alerts] == ["mismatch"]
 

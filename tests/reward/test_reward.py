@@ -252,6 +252,14 @@ if sys.argv[1] != "exit":
 """
 
 
+def test_a_batch_has_a_bound_of_its_own():
+    hanging = [boxed(HANGS.replace("400000", str(400000 + i))) for i in range(12)]
+    with GraderPool(workers=2, extractor="boxed", deadline_s=HANG_S, batch_deadline_s=1.0) as pool:
+        grades = pool.grade([*hanging, boxed("5")], [r"\frac{1}{2}"] * 12 + ["5"])
+        assert [g.timed_out for g in grades] == [True] * 12 + [False] and pool.timeouts == 12
+        assert pool.grade([boxed(r"\sin\frac{\pi}{6}")], [r"\frac{1}{2}"])[0].reward == 1.0  # the pool goes on
+
+
 @pytest.mark.parametrize(("state", "deadline"), [("exit", 60), ("idle", 60), ("busy", 5)])
 def test_no_worker_outlives_its_parent(state, deadline):
     command = [sys.executable, "-c", PARENT, state, str(deadline), HANGS]
