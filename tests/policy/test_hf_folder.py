@@ -143,6 +143,7 @@ def test_generation_ends_where_training_ended_it(
 ) -> None:
     source = tmp_path / "source"
     source.mkdir()
+    (source / "config.json").write_text("{}")
     config = {"do_sample": False} | ({"eos_token_id": own} if own is not None else {})
     (source / "generation_config.json").write_text(json.dumps(config))
     tensors = [("a", torch.ones(2))]

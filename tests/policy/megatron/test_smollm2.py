@@ -42,7 +42,7 @@ def _logits(rank: int, world_size: int, path: Path) -> Tensor:
 
     step = make_step(policy, micro_batch_size=1)
     with torch.no_grad():
-        step._run(_rows(path), collect, forward_only=True)
+        step._run(step._packs(_rows(path)), collect, forward_only=True)
     return torch.cat(found) if rank == 0 else torch.zeros(())
 
 
