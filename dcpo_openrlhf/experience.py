@@ -20,6 +20,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience, tensor_field  # no
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 
 from dcpo_openrlhf.policy.rows import Rows, join  # noqa: E402
+from dcpo_openrlhf.recipe.resume import STOP  # noqa: E402
 from dcpo_openrlhf.rollout.tasks import Prompt  # noqa: E402
 
 
@@ -146,8 +147,15 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
 
     def stop_forward(self) -> None:
         """Let the ranks leave a forward pass under way between micro-batches, so that what comes next need not wait."""
-        for ref in self.forward:
-            ray.cancel(ref)
+        if not self.forward:
+            return
+        # not ray.cancel: it drops a call that has not begun on one rank, while another waits for that rank inside it
+        flag = self.recipe.run.dir / STOP
+        flag.touch()
+        try:
+            ray.wait(self.forward, num_returns=len(self.forward))
+        finally:
+            flag.unlink(missing_ok=True)
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:

@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 from dcpo_openrlhf.reward.extract import EXTRACTORS
@@ -219,10 +218,12 @@ def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argpa
     for problem in problems:
         try:
             prompts.append(render(problem, tokenizer=model.tokenizer, **options))
-        except (TemplateError, TypeError) as error:  # what a template raises itself, as for a system message, and slips
+        except TaskError as error:
+            if error.__cause__ is None:  # no template at all
+                raise
             raise EvaluationError(
                 f"the chat template of {model.path} fails on problem {problem.id!r} of {name} "
-                f"({' '.join(str(error).split())}); "
+                f"({' '.join(str(error.__cause__).split())}); "
                 + ("leave out --system, which some refuse, or " if args.system is not None else "mend it, or ")
                 + "pass --no-chat"
             ) from error

@@ -112,8 +112,6 @@ def _parameters(tensors: CheckpointTensors) -> Iterator[tuple[str, str, tuple[in
     """(Megatron name with layer and expert, key in the checkpoint, where in that key's tensor): layers lie in one."""
     outside = [key for key in tensors.sizes if not key.startswith(_LAYERS)]
     inside = [key for key in tensors.sizes if key.startswith(_LAYERS)]
-    if any(re.match(r"\d", key.removeprefix(_LAYERS)) for key in inside):
-        raise ExportError("layers saved one by one are not read here; save the checkpoint with dcpo_openrlhf")
     yield from ((key, key, ()) for key in outside)
     for layer in range(tensors.sizes[inside[0]][0]):
         for key in inside:
@@ -127,6 +125,11 @@ def _parameters(tensors: CheckpointTensors) -> Iterator[tuple[str, str, tuple[in
 
 
 def _shape(tensors: CheckpointTensors, hf: dict[str, Any]) -> names.Shape:
+    if any(re.match(_LAYERS + r"\d", key) for key in tensors.sizes):
+        raise ExportError(
+            "layers saved one by one, as those of a model whose first ones have no experts, are not read here; "
+            "take the hf/ that the run itself writes (checkpoint.export_hf)"
+        )
     heads = hf["num_attention_heads"]
     shape = names.Shape(
         heads=heads,

@@ -13,6 +13,7 @@ import torch
 
 from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub
+from dcpo_openrlhf.recipe.resume import STOP
 from dcpo_openrlhf.recipe.schema import Recipe
 
 install_flash_attn_stub()
@@ -55,7 +56,7 @@ class PolicyActor(BaseModelActor):
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             total_updates=max_steps,
         )
-        self.step.stop_asked = ray.get_runtime_context().is_canceled
+        self.step.stop_asked = (recipe.run.dir / STOP).exists
         self.mesh = self.step.mesh
         self._updates: list[Rows] = []
         self.weight_sync: Any = None

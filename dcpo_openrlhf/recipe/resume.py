@@ -21,6 +21,8 @@ from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
 REPORT = "report.md"
+STOP = ".stop_forward"
+"""While a file of this name stands in the run folder, ranks leave a forward pass between micro-batches."""
 _OF_A_STEP = re.compile(r"(?:step|evaluation|tempered)_(\d{6,})")
 MAY_DIFFER = (
     # where a run happens, how long things may take, what is kept: none of it is in the numbers
@@ -211,6 +213,7 @@ def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
     folder, last = recipe.run.dir, point.step if point else 0
     evaluated = last - 1 if last in (0, recipe.train.steps) else last
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP).unlink(missing_ok=True)
     if recipe.checkpoint.resume != "never" and (folder / "recipe.yaml").exists():
         earlier = [int(path.name) for path in (folder / "cut").glob("*") if path.name.isdigit()]
         cut = folder / "cut" / f"{max(earlier, default=0) + 1:03d}"

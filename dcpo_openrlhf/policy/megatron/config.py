@@ -102,7 +102,10 @@ def _sizes(hf: Any, sizes: Sizes) -> dict[str, Any]:
         dense
         | _router(hf, sizes)
         | {
-            "moe_layer_freq": [int(layer >= sizes.dense_layers) for layer in range(sizes.layers)],
+            # a list says that layers differ, which are then saved one by one
+            "moe_layer_freq": [int(layer >= sizes.dense_layers) for layer in range(sizes.layers)]
+            if sizes.dense_layers
+            else 1,
             "moe_shared_expert_intermediate_size": sizes.shared_ffn or None,
             "num_moe_experts": sizes.experts,
             "moe_router_topk": sizes.experts_per_token,
