@@ -50,6 +50,7 @@ setup: $(STAMP)
 $(STAMP): $(CPU_LOCK) $(TORCH_LOCK) pyproject.toml
 	@cache="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || \
 	  { echo "setup needs a writable cache folder, found '$$cache' (HOME='$$HOME'); set HOME or XDG_CACHE_HOME to a folder you may write" >&2; exit 1; }
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || rm -rf .venv  # of another Python
 	test -x $(BIN)/uv || tools/venv.sh .venv "$$(grep '^uv==' $(CPU_LOCK))" "$(PYTHON)"
 	DS_BUILD_OPS=0 $(UV_INSTALL) -r $(CPU_LOCK)
 	@echo "$(UV_INSTALL) $(TORCH)+cpu"; $(UV_INSTALL) '$(TORCH)+cpu' 2>/dev/null || { \

@@ -39,6 +39,11 @@ def test_another_index_wins() -> None:
     )
 
 
+def test_an_environment_of_another_python_is_made_anew() -> None:
+    first, second, *_ = [line for line in recipe_of_setup().splitlines() if ".venv" in line]
+    assert "sys.version_info[:2] != (3, 12)" in first and "|| rm -rf .venv" in first and "tools/venv.sh .venv" in second
+
+
 def program(folder: Path, name: str, body: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{body}\n")
