@@ -51,9 +51,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb in RUN/wandb; a resumed run folder goes on in the same wandb run."""
+    """A run of wandb in RUN/wandb. A resumed run folder goes on in it, or, where that holds points of steps that are
+    made again, which wandb cannot take back, in another one of the same group.
+    """
 
-    def __init__(self, folder: Path, *, mode: str, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, mode: str, project: str, config: dict[str, Any], first_step: int) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -61,16 +63,19 @@ class WeightsAndBiases:
                 f"monitor.wandb = {mode} needs the package wandb, which cannot be imported ({error}); "
                 "install it (pip install wandb) or set monitor.wandb=off"
             ) from error
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(uuid4().hex[:16])
+        self._identity = folder / "wandb_id"
+        known = self._identity.read_text().split() if self._identity.exists() else []
+        last = int(known[1]) if len(known) > 1 else 0
+        self._id = known[0] if known and last < first_step else uuid4().hex[:16]
+        self._note(first_step - 1)
         self._end = wandb.teardown
         self._run = wandb.init(
             mode=mode,  # type: ignore[arg-type]
             dir=folder,
             project=project,
             name=folder.name,
-            id=identity.read_text(),
+            group=folder.name,
+            id=self._id,
             resume="allow",
             config=config,
             settings=wandb.Settings(console="off", disable_git=True),
@@ -78,6 +83,10 @@ class WeightsAndBiases:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
+        self._note(step)
+
+    def _note(self, step: int) -> None:
+        self._identity.write_text(f"{self._id} {step}")
 
     def close(self) -> None:
         self._run.finish()
@@ -93,7 +102,8 @@ class MetricsLog:
         if m.tensorboard:
             self._sinks.append(TensorBoard(folder / "tensorboard", first_step=first_step))
         if m.wandb != "off":
-            self._sinks.append(WeightsAndBiases(folder, mode=m.wandb, project=m.wandb_project, config=config))
+            settings: dict[str, Any] = {"mode": m.wandb, "project": m.wandb_project, "config": config}
+            self._sinks.append(WeightsAndBiases(folder, first_step=first_step, **settings))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self._sinks:

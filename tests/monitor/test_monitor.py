@@ -605,14 +605,30 @@ def test_wandb_offline_keeps_the_metrics_of_a_run_and_of_its_resumption(
         monkeypatch.delenv(name, raising=False)
     recipe = make_recipe(tmp_path, wandb="offline", wandb_project="test")
     for step in (1, 2):
-        log = make_log(recipe)
+        log = make_log(recipe, done=step - 1)
         log.write(step, {"entropy/exact": 0.123456 + step})
         log.close()
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert {file.name for file in files} == {f"run-{(tmp_path / 'wandb_id').read_text()}.wandb"}
+    assert {file.name for file in files} == {f"run-{(tmp_path / 'wandb_id').read_text().split()[0]}.wandb"}
     written = b"".join(file.read_bytes() for file in files)
     for part in (b"entropy/exact", b"1.123456", b"2.123456", b"target_entropy"):
         assert part in written
+
+
+def test_wandb_gets_another_run_where_steps_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    fake = MagicMock()
+    fake.init = lambda **options: begun.append(options["id"]) or MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    recipe = make_recipe(tmp_path, wandb="offline", tensorboard=False)
+    for done, steps in [(0, (1, 2, 3)), (3, (4,)), (2, (3, 4))]:
+        log = make_log(recipe, done=done)
+        for step in steps:
+            log.write(step, {"x": 1.0})
+        log.close()
+    first, on, again = begun
+    assert first == on, "nothing is made again: the same run goes on"
+    assert again != first, "steps 3 and 4 are made again, and wandb cannot take its points back"
 
 
 def test_wandb_that_is_missing_is_an_error_that_says_what_to_do(
