@@ -31,15 +31,6 @@ SIGMOID: dict[str, object] = {
     "routed_scaling_factor": 1.8,
     "norm_topk_prob": True,
 }
-LATENT: dict[str, object] = {
-    "q_lora_rank": None,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-}
 ARCHITECTURE_FIELDS: dict[str, dict[str, object]] = {
     # a family of recipe/families.py, or a variant of one that names its model_type
     "llama": {},

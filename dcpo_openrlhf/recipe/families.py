@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-QKNorm = Literal["none", "head", "projection", "latent"]
+QKNorm = Literal["none", "head", "projection"]
 Router = Literal["softmax of chosen", "softmax", "sigmoid"]
 
 
@@ -28,7 +28,7 @@ class Family:
     optional_bias: tuple[str, ...] = ()
     """The same where attention_bias is true."""
     qk_norm: QKNorm = "none"
-    """RMSNorm of queries and keys: of each head, of all heads together, or of what latent attention compresses."""
+    """RMSNorm of queries and keys: of each head, or of all heads together."""
     qk_norm_key: str = ""
     """Key of config.json that must be true for it."""
     partial_rotary: float = 1.0
@@ -102,17 +102,11 @@ def why_not(kind: Any) -> str:
     return f"is not supported{lacking}; use one of {', '.join(FAMILIES)}"
 
 
-def rope_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """Kinds of rotary embedding that are implemented for this family."""
-    return ROPE_TYPES[:1] if family_of(hf).qk_norm == "latent" else ROPE_TYPES
-
-
 def counts(family: Family) -> tuple[str, ...]:
     """Keys of config.json that must be numbers, beside those of every family."""
     mixture = (family.experts, "num_experts_per_tok", "moe_intermediate_size") if family.experts else ()
-    latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     partial = ("head_dim",) if family.partial_rotary < 1 else ()  # vLLM reads it
-    return mixture + partial + (latent if family.qk_norm == "latent" else ())
+    return mixture + partial
 
 
 def not_implemented(hf: Mapping[str, Any], config: Path | str) -> Iterator[str]:
@@ -122,38 +116,6 @@ def not_implemented(hf: Mapping[str, Any], config: Path | str) -> Iterator[str]:
         found = hf.get(name, family.absent.get(name, value))
         if found != value:
             yield f"{name} = {found!r} in {config} is not implemented, only {value!r}; use another model"
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Sizes of latent attention (MLA): what queries, keys and values are made from, and the parts of a head."""
-
-    query_rank: int
-    """0: queries are made from the hidden state."""
-    kv_rank: int
-    nope: int
-    """Of a query or key, without rotary embedding."""
-    rope: int
-    """With it; that of the key is the same for all heads."""
-    value: int
-
-    @classmethod
-    def of(cls, hf: Mapping[str, Any]) -> "Latent":
-        heads = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
-        return cls(hf.get("q_lora_rank") or 0, hf["kv_lora_rank"], *heads)
-
-    @property
-    def cut(self) -> dict[str, int]:
-        """Keys of config.json, and widths that tensor ranks share out beside the heads."""
-        query = {"q_lora_rank": self.query_rank} if self.query_rank else {}
-        return query | {"kv_lora_rank + qk_rope_head_dim": self.kv_rank + self.rope}
-
-    def parameters(self, hidden: int, heads: int) -> tuple[int, int]:
-        """(those of an attention layer's matrices, those of its norms)"""
-        query = heads * (self.nope + self.rope)
-        made = self.query_rank * (hidden + query) if self.query_rank else hidden * query
-        made += hidden * (self.kv_rank + self.rope) + self.kv_rank * heads * (self.nope + self.value)
-        return made + heads * self.value * hidden, self.query_rank + self.kv_rank
 
 
 @dataclass(frozen=True)
@@ -183,21 +145,19 @@ class Sizes:
     shared_ffn: int
     """Width of the expert that every token meets, beside the chosen ones; 0: none."""
     partial_rotary: float
-    latent: Latent | None
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> "Sizes":
         family = family_of(hf)
         heads = hf["num_attention_heads"]
         experts = expert_count(hf)
-        latent = Latent.of(hf) if family.qk_norm == "latent" else None
         return cls(
             layers=hf["num_hidden_layers"],
             hidden=hf["hidden_size"],
             ffn=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
             heads=heads,
-            kv_heads=heads if latent else hf.get("num_key_value_heads") or heads,
-            head_dim=latent.nope + latent.rope if latent else hf.get("head_dim") or hf["hidden_size"] // heads,
+            kv_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             vocab=hf["vocab_size"],
             tied=bool(hf.get("tie_word_embeddings", False)),
             bias=family.bias or (family.optional_bias if hf.get("attention_bias") else ()),
@@ -209,7 +169,6 @@ class Sizes:
             dense_ffn=hf["intermediate_size"],
             shared_ffn=(hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"] if experts else 0,
             partial_rotary=_partial_rotary(hf, family),
-            latent=latent,
         )
 
     @property
@@ -263,9 +222,6 @@ def dense_part(s: Sizes, tensor: int, layers: range) -> int:
 
 def _attention(s: Sizes) -> tuple[int, int]:
     """Parameters of a layer's attention and norms that tensor ranks share out, and those that each holds."""
-    if s.latent:
-        cut, whole = s.latent.parameters(s.hidden, s.heads)
-        return cut, whole + 2 * s.hidden
     widths = {"q": s.query, "k": s.key, "v": s.key}
     cut = s.hidden * (2 * s.query + 2 * s.key) + sum(width for name, width in widths.items() if name in s.bias)
     norms = {"head": 2 * s.head_dim, "projection": s.query + s.key}.get(s.qk_norm, 0)

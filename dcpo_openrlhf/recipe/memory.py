@@ -152,8 +152,6 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     if cpu and recipe.rollout.context <= SHORT_ATTENTION and recipe.train.recompute != "selective":
         attention += s.heads * recipe.rollout.context * e  # softmax's weights
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
-    if s.latent:  # compressed, normalised
-        hidden += (norm + e) * (s.latent.query_rank + s.latent.kv_rank) + 2 * e * s.latent.rope
     if s.experts:
         # tokens sent to experts and back, over as many ranks as send here: balanced routing is assumed
         shared = columns / max(s.ffn, 1) * s.shared_ffn
@@ -181,8 +179,6 @@ def engine_memory(s: Sizes, recipe: Recipe) -> EngineMemory:
     else:
         kv_cache = r.gpu_memory_utilization * recipe.parallel.device_memory_gb * GIB - weights - RESERVE["cuda"]
     token = 2 * s.layers * s.key * copied_kv / tensor * e
-    if s.latent:  # every rank holds the compressed keys and values
-        token = s.layers * (s.latent.kv_rank + s.latent.rope) * e
     return EngineMemory(weights, kv_cache, int(kv_cache // token))
 
 

@@ -34,9 +34,9 @@ def features(hf: dict[str, Any], config: Path) -> Iterator[str]:
         )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    types = families.rope_types(hf)
-    if kind not in types:
-        yield f"rope_type = {kind!r} in {config} is not implemented, only {', '.join(types)}; use another model"
+    if kind not in families.ROPE_TYPES:
+        known = ", ".join(families.ROPE_TYPES)
+        yield f"rope_type = {kind!r} in {config} is not implemented, only {known}; use another model"
     if rope.get("attention_factor") is not None:
         yield (
             f"attention_factor = {rope['attention_factor']!r} in {config} is not implemented: it is derived from "
@@ -60,9 +60,8 @@ def divisibility(recipe: Recipe, hf: dict[str, Any]) -> Iterator[str]:
     cut = {width: hf[width]}  # experts that are shared out stay whole in the trainer, never in the engine
     counts |= {"intermediate_size": sizes.dense_ffn} if sizes.dense_layers and experts else {}
     counts |= {"n_shared_experts * moe_intermediate_size": sizes.shared_ffn} if sizes.shared_ffn else {}
-    compressed = sizes.latent.cut if sizes.latent else {}
     for key, tensor, divided in (
-        ("parallel.tensor", p.tensor, counts | compressed | (cut if p.expert == 1 else {})),
+        ("parallel.tensor", p.tensor, counts | (cut if p.expert == 1 else {})),
         ("rollout.tensor_parallel", recipe.rollout.tensor_parallel, counts | cut),
     ):
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if all(count % n == 0 for count in divided.values()))

@@ -96,8 +96,6 @@ def _names(folder: Path, held: set[str], hf: Any) -> Iterator[str]:
         sizes = Sizes.of(hf)
     except (KeyError, TypeError, AttributeError, ValueError):
         return  # said of config.json
-    if sizes.latent:
-        return  # whose names this list does not hold
     needed = set(names(sizes))
     needless = {"lm_head.weight"} if sizes.tied else set()
     drafting = range(sizes.layers, sizes.layers + (hf.get("num_nextn_predict_layers") or 0))

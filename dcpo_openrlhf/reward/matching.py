@@ -82,11 +82,11 @@ def _match_congruence(gold: Node, found: Node, ask: Oracle) -> bool:
 # --- lists, sets, points, matrices
 
 
-def _pairs(gold: Sequence[Node], found: Sequence[Node], ask: Oracle) -> bool:
+def _pairs[T](gold: Sequence[T], found: Sequence[T], same: Callable[[T, T, Oracle], bool], ask: Oracle) -> bool:
     """Whether each has its own partner, in any order."""
     left = list(found)
     for member in gold:
-        partner = next((i for i, other in enumerate(left) if match(member, other, ask)), None)
+        partner = next((i for i, other in enumerate(left) if same(member, other, ask)), None)
         if partner is None:
             return False
         del left[partner]
@@ -113,7 +113,7 @@ def _match_list(gold: Node, found: Node, ask: Oracle) -> bool:
         others = [m[3] for m in others]
     elif one_label(members) and not any(is_labelled(m) for m in others):
         members = [m[3] for m in members]
-    return _pairs(members, others, ask)
+    return _pairs(members, others, match, ask)
 
 
 def _same_set(gold: Sequence[Node], found: Sequence[Node], ask: Oracle) -> bool:
@@ -225,15 +225,9 @@ def _match_sets(gold: Node, found: Node, ask: Oracle) -> bool | None:
     (variable, intervals), (named, others) = mine, other
     if gold[0] == found[0] == "group":
         return None
-    if (variable and named and variable != named) or len(intervals) != len(others):
+    if variable and named and variable != named:
         return False
-    left = list(others)
-    for interval in intervals:
-        partner = next((i for i, o in enumerate(left) if _same_interval(interval, o, ask)), None)
-        if partner is None:
-            return False
-        del left[partner]
-    return True
+    return _pairs(intervals, others, _same_interval, ask)
 
 
 def _same_interval(a: Interval, b: Interval, ask: Oracle) -> bool:

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dcpo_openrlhf.recipe.families import Sizes, not_implemented, rope_types
+from dcpo_openrlhf.recipe.families import ROPE_TYPES, Sizes, not_implemented
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,7 +29,7 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     rope = hf.rope_parameters if rope_type(hf) == "yarn" else {}
     dtype, on_gpu, interleaved = DTYPES[model.dtype], device == "cuda", parallel.virtual_pipeline > 1
     sizes = Sizes.of(values)
-    config = _kind(sizes)(
+    config = TransformerConfig(
         **_sizes(hf, sizes),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -60,8 +60,8 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         use_te_activation_func=not on_gpu,  # fused.SwiGLU
-        # fused.packed_rotary; yarn also scales, which it does not, and latent attention turns interleaved pairs
-        apply_rope_fusion=not on_gpu and not rope and not sizes.latent,
+        # fused.packed_rotary; yarn also scales, which it does not
+        apply_rope_fusion=not on_gpu and not rope,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
@@ -70,10 +70,6 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         config.yarn_mscale = rope.get("mscale")  # type: ignore[attr-defined]
         config.yarn_mscale_all_dim = rope.get("mscale_all_dim")  # type: ignore[attr-defined]
     return config
-
-
-def _kind(sizes: Sizes) -> type[TransformerConfig]:
-    return MLATransformerConfig if sizes.latent else TransformerConfig
 
 
 def _sizes(hf: Any, sizes: Sizes) -> dict[str, Any]:
@@ -95,7 +91,6 @@ def _sizes(hf: Any, sizes: Sizes) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    dense |= _latent(hf, sizes)
     if not sizes.experts:
         return dense
     return (
@@ -116,20 +111,6 @@ def _sizes(hf: Any, sizes: Sizes) -> dict[str, Any]:
     )
 
 
-def _latent(hf: Any, sizes: Sizes) -> dict[str, Any]:
-    if not (latent := sizes.latent):
-        return {}
-    return {
-        "q_lora_rank": latent.query_rank or None,
-        "kv_lora_rank": latent.kv_rank,
-        "qk_head_dim": latent.nope,
-        "qk_pos_emb_head_dim": latent.rope,
-        "v_head_dim": latent.value,
-        "rope_type": "rope",
-        "rotary_base": hf.rope_parameters["rope_theta"],
-    }
-
-
 def _router(hf: Any, sizes: Sizes) -> dict[str, Any]:
     if sizes.router != "sigmoid":
         return {"moe_router_pre_softmax": sizes.router == "softmax"}
@@ -145,6 +126,6 @@ def _router(hf: Any, sizes: Sizes) -> dict[str, Any]:
 def rope_type(hf: Any) -> str:
     """Raises ValueError for a kind that trainer and engine would not compute alike."""
     kind = hf.rope_parameters.get("rope_type", "default")
-    if kind not in (types := rope_types(hf.to_dict())):
-        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(types)}; change it in config.json")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type = {kind!r} is not one of {', '.join(ROPE_TYPES)}; change it in config.json")
     return kind

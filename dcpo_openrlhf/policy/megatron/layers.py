@@ -11,12 +11,9 @@ from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_ten
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
-    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -155,23 +152,3 @@ class ProjectionNorm(torch.nn.Module):
         scaled = flat * (square / self.width + self.eps).rsqrt()  # pyright: ignore[reportOperatorIssue]
         weight = self.weight.chunk(get_tensor_model_parallel_world_size())[get_tensor_model_parallel_rank()]
         return (scaled * weight.float()).to(x.dtype).view(x.shape)
-
-
-class LatentAttention(MLASelfAttention):
-    """megatron-core's, with the gradient of the key part that all heads share summed over tensor ranks.
-
-    Its own way with column-parallel layers takes each rank's part of that gradient for the whole.
-    """
-
-    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """As the layer's specification says; megatron-core asks for Transformer Engine where q_lora_rank is null."""
-        parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {part: getattr(submodules, part) for part in parts}
-
-    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        query, key_value = super()._qkv_down_projection(hidden_states)
-        if self.config.tensor_model_parallel_size > 1:
-            if not self.config.sequence_parallel:
-                raise ValueError("latent attention on tensor ranks needs parallel.sequence_parallel=true")
-            key_value = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(key_value))
-        return query, key_value

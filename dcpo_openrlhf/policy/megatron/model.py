@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dcpo_openrlhf.policy.megatron import names
 from dcpo_openrlhf.policy.megatron.config import padded_vocab_size, rope_type, transformer_config
 from dcpo_openrlhf.policy.megatron.fused import SwiGLU
-from dcpo_openrlhf.policy.megatron.layers import LatentAttention, PackedAttention, ProjectionNorm, RMSNorm
+from dcpo_openrlhf.policy.megatron.layers import PackedAttention, ProjectionNorm, RMSNorm
 from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
@@ -70,9 +70,7 @@ class Policy:
 
     def entry(self, name: str, first_layer: int, expert_rank: int) -> names.Entry:
         experts = (self.config.num_moe_experts or 0) // self.mesh.expert_size
-        return names.entry_of(
-            name, first_layer=first_layer, first_expert=expert_rank * experts, variant=self.sizes.qk_norm
-        )
+        return names.entry_of(name, first_layer=first_layer, first_expert=expert_rank * experts)
 
 
 def _weights(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
@@ -257,8 +255,6 @@ def _layer_spec(sizes: Sizes, config: TransformerConfig, layers: str, device: st
     if layers == "auto":
         layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
     te = layers == "transformer_engine"
-    if te and sizes.latent:
-        raise ValueError("latent attention on Transformer Engine's layers is not implemented; set model.layers=local")
     kinds = {experts: _layer(sizes, config, experts, te) for experts in {None, config.num_moe_experts}}
     first = get_transformer_layer_offset(config, chunk)
     specs = [
@@ -274,7 +270,6 @@ def _layer(sizes: Sizes, config: TransformerConfig, experts: int | None, te: boo
     options: dict[str, Any] = {
         "num_experts": experts,
         "qk_layernorm": bool(config.qk_layernorm),
-        "multi_latent_attention": bool(sizes.latent),
     }
     if te:
         spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=False, **options)
@@ -295,10 +290,6 @@ def _layer(sizes: Sizes, config: TransformerConfig, experts: int | None, te: boo
     if sizes.qk_norm == "projection":
         attention.q_layernorm = partial(ProjectionNorm, heads=sizes.heads)
         attention.k_layernorm = partial(ProjectionNorm, heads=sizes.kv_heads)
-    if sizes.latent:
-        parts.self_attention.module = LatentAttention
-        attention.q_layernorm = RMSNorm if sizes.latent.query_rank else None
-        attention.kv_layernorm = RMSNorm
     return spec
 
 

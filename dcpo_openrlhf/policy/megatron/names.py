@@ -61,7 +61,6 @@ REPLICATED = Cut(lambda hf, rank, size, s: hf[0], lambda shards, s: [shards[0]],
 COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [torch.cat(shards, 1)], dim=1)
 VOCABULARY = Cut(_shard_vocabulary, lambda shards, s: [torch.cat(shards)[: s.vocab_size]])
 QKV = Cut(_shard_qkv, _merge_qkv)
-ROWS = Cut(lambda hf, rank, size, s: hf[0].chunk(size)[rank], lambda shards, s: [torch.cat(shards)])
 GATE_UP = Cut(  # each rank holds [its rows of gate; its rows of up]
     lambda hf, rank, size, s: torch.cat([t.chunk(size)[rank] for t in hf]),
     lambda shards, s: [torch.cat(part).contiguous() for part in zip(*(t.chunk(2) for t in shards), strict=True)],
@@ -106,19 +105,6 @@ TABLE: dict[str, tuple[tuple[str, ...], Cut]] = {
 BUFFERS = (".router.expert_bias",)
 """Ends of the names of what is in the Hugging Face folder and is not trained."""
 
-VARIANTS: dict[str, dict[str, tuple[tuple[str, ...], Cut]]] = {
-    # rows that take the place of TABLE's, by the norm of queries and keys
-    "latent": {
-        _MG + "self_attention.linear_q_proj.weight": ((_HF + "self_attn.q_proj.weight",), ROWS),
-        _MG + "self_attention.linear_q_down_proj.weight": ((_HF + "self_attn.q_a_proj.weight",), ROWS),
-        _MG + "self_attention.q_layernorm.weight": ((_HF + "self_attn.q_a_layernorm.weight",), REPLICATED),
-        _MG + "self_attention.linear_q_up_proj.weight": ((_HF + "self_attn.q_b_proj.weight",), ROWS),
-        _MG + "self_attention.linear_kv_down_proj.weight": ((_HF + "self_attn.kv_a_proj_with_mqa.weight",), ROWS),
-        _MG + "self_attention.kv_layernorm.weight": ((_HF + "self_attn.kv_a_layernorm.weight",), REPLICATED),
-        _MG + "self_attention.linear_kv_up_proj.weight": ((_HF + "self_attn.kv_b_proj.weight",), ROWS),
-    },
-}
-
 _ALIASES = {
     # Transformer Engine fuses a norm into the linear layer behind it
     _MG + "self_attention.linear_qkv.layer_norm_weight": _MG + "input_layernorm.weight",
@@ -142,21 +128,19 @@ def _pattern(name: str) -> re.Pattern[str]:
     )
 
 
-_ROWS = [TABLE, *VARIANTS.values()]
-_PATTERNS = [(_pattern(name), name) for name in dict.fromkeys(name for rows in _ROWS for name in rows)]
+_PATTERNS = [(_pattern(name), name) for name in TABLE]
 _PATTERNS += [(_pattern(alias), name) for alias, name in _ALIASES.items()]
 
 
-def entry_of(name: str, *, first_layer: int = 0, first_expert: int = 0, variant: str = "") -> Entry:
+def entry_of(name: str, *, first_layer: int = 0, first_expert: int = 0) -> Entry:
     """The table's entry of a local Megatron parameter; layers and experts are counted from this rank's first ones.
 
     Raises KeyError naming a parameter that the table does not know.
     """
     for pattern, key in _PATTERNS:
         match = pattern.fullmatch(name)
-        row = VARIANTS.get(variant, {}).get(key) or TABLE.get(key)
-        if match and row:
-            hf_names, cut = row
+        if match:
+            hf_names, cut = TABLE[key]
             found = match.groupdict()
             numbers = {
                 "layer": int(found.get("layer") or 0) + first_layer,

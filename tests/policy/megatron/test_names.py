@@ -39,22 +39,17 @@ SIZES = {
 }
 
 
-ROWS = {
-    (variant, name): row for variant, rows in ({"": names.TABLE} | names.VARIANTS).items() for name, row in rows.items()
-}
-
-
-def hf_tensors(name: str, variant: str = "") -> list[Tensor]:
+def hf_tensors(name: str) -> list[Tensor]:
     """Random tensors of the sizes that `name`'s Hugging Face tensors have."""
     generator = torch.Generator().manual_seed(1)
-    sizes = [max((k for k in SIZES if hf.endswith(k)), key=len) for hf in ROWS[variant, name][0]]
+    sizes = [max((k for k in SIZES if hf.endswith(k)), key=len) for hf in names.TABLE[name][0]]
     return [torch.randn(SIZES[key], generator=generator) for key in sizes]
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize(("variant", "name"), ROWS)
-def test_cut_and_merge_is_a_round_trip_to_the_bit(variant: str, name: str, tensor: int) -> None:
-    cut, hf = ROWS[variant, name][1], hf_tensors(name, variant)
+@pytest.mark.parametrize("name", names.TABLE)
+def test_cut_and_merge_is_a_round_trip_to_the_bit(name: str, tensor: int) -> None:
+    cut, hf = names.TABLE[name][1], hf_tensors(name)
     shards = [cut.shard(hf, rank, tensor, SHAPE) for rank in range(tensor)]
     merged = cut.merge([shard.clone() for shard in shards], SHAPE)
     assert len(merged) == len(hf)
@@ -115,7 +110,7 @@ def test_every_parameter_of_the_model_has_a_row(tmp_path: Path, architecture: st
         in_model = set(file.keys())
     in_table = {
         hf.format(layer=layer, expert=expert)
-        for hf_names, _ in ROWS.values()
+        for hf_names, _ in names.TABLE.values()
         for hf in hf_names
         for layer in range(2)
         for expert in range(4)
@@ -125,9 +120,8 @@ def test_every_parameter_of_the_model_has_a_row(tmp_path: Path, architecture: st
 
 
 def test_no_tensor_has_two_rows() -> None:
-    for rows in (names.TABLE, *names.VARIANTS.values()):
-        listed = [hf for hf_names, _ in rows.values() for hf in hf_names]
-        assert len(listed) == len(set(listed))
+    listed = [hf for hf_names, _ in names.TABLE.values() for hf in hf_names]
+    assert len(listed) == len(set(listed))
 
 
 def test_layers_and_experts_are_counted_from_the_ranks_first() -> None:
