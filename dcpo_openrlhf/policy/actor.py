@@ -21,6 +21,7 @@ install_flash_attn_stub()
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
 from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
+from dcpo_openrlhf.policy.shared_prompts import deal  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
@@ -54,6 +55,7 @@ class PolicyActor(BaseModelActor):
             loss=recipe.loss,
             micro_batch_size=recipe.train.micro_batch_size,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
+            share_prompts=recipe.shares_prompts,
             total_updates=max_steps,
         )
         self.step.stop_asked = (recipe.run.dir / STOP).exists
@@ -343,6 +345,7 @@ class PolicyActorGroup(RayActorGroup):
 
     def begin_init(self, strategy: RecipeStrategy, max_steps: int) -> None:
         """Let every actor build its model in the background; `finish_init` waits for it."""
+        self._share_prompts = strategy.recipe.shares_prompts
         self._building = self.async_init_model_from_pretrained(strategy, str(strategy.recipe.model.path), max_steps)
 
     def finish_init(self, engines: Sequence[Any], *, timeout: float) -> None:
@@ -359,11 +362,16 @@ class PolicyActorGroup(RayActorGroup):
         """Each item of each list is one mini-batch of rows, dealt over the data ranks; one ref an actor."""
         parts = max(self.data_ranks) + 1
         refs = []
-        cut = {r: ray.put({k: [_part(item, r, parts) for item in v] for k, v in kwargs.items()}) for r in range(parts)}
+        dealt = {k: [self._deal(item, parts) for item in v] for k, v in kwargs.items()}
+        cut = {r: ray.put({k: [shares[r] for shares in v] for k, v in dealt.items()}) for r in range(parts)}
         length = len(next(iter(kwargs.values())))
         for actor, data_rank in zip(self._actor_handlers, self.data_ranks, strict=True):
             refs.append(actor.execute_batch.remote(method_name, cut[data_rank], 0, length))
         return refs
+
+    def _deal(self, item: Any, parts: int) -> list[Any]:
+        """Rows for each data rank; anything that is not Rows goes to all."""
+        return deal(item, parts, groups=self._share_prompts) if isinstance(item, Rows) else [item] * parts
 
     def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
         """`token_statistics` of all data ranks in the order of the rows: one dict of [batch, ...] a mini-batch."""
@@ -377,8 +385,3 @@ class PolicyActorGroup(RayActorGroup):
             order = whole.pop("index").argsort()
             gathered.append({name: values[order] for name, values in whole.items()})
         return gathered
-
-
-def _part(item: Any, rank: int, parts: int) -> Any:
-    """Rows of one data rank; anything that is not Rows goes to all."""
-    return item.part(rank, parts) if isinstance(item, Rows) else item

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dcpo_openrlhf import objectives
-from dcpo_openrlhf.policy.rows import Packed, Rows
+from dcpo_openrlhf.policy.packing import Packed
+from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.policy.token_stats import token_stats
 from dcpo_openrlhf.recipe.schema import Loss
 

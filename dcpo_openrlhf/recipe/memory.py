@@ -21,7 +21,9 @@ ZERO_LIVE = 10**9
 """DeepSpeed's stage3_max_live_parameters: weights of stage 3 that a rank holds whole [parameters]."""
 SHORT_ATTENTION = 512
 """On cpu, segments up to this length [tokens] are attended to by plain multiplies, which keep the softmax's weights:
-torch's fused kernel is slower there, 3.5 x in bf16 at 50 tokens (megatron/layers.py)."""
+torch's fused kernel is slower there, 3.5 x in bf16 at 50 tokens (megatron/fused.py)."""
+SHARED_BLOCK = 256
+"""On cpu, responses to one prompt are attended to together in blocks of about this many tokens, prompt included."""
 BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4}
 
 
@@ -110,7 +112,11 @@ def _vocabulary_rows(s: Sizes, recipe: Recipe) -> int:
 
 def micro_batch_tokens(recipe: Recipe) -> int:
     """Most tokens of one micro-batch of one data rank."""
-    return recipe.train.micro_batch_tokens or recipe.train.micro_batch_size * recipe.rollout.context
+    r, t = recipe.rollout, recipe.train
+    if t.micro_batch_tokens:
+        return t.micro_batch_tokens
+    prompts = max(t.micro_batch_size // t.group_size, 1) if recipe.shares_prompts else t.micro_batch_size
+    return prompts * r.max_prompt_tokens + t.micro_batch_size * r.max_new_tokens
 
 
 def action_positions(recipe: Recipe) -> int:
@@ -145,18 +151,35 @@ def layer_activation_bytes(s: Sizes, recipe: Recipe) -> float:
     local = hf or recipe.model.layers == "local" or cpu
     # local: fp32 input and normalised input of torch's rms_norm; fused: the input alone
     norm = 8 if local and not cpu else e
-    attention = e * (2 * s.query + 2 * s.key) + (e * s.query if local else 0)  # q, k, v and out; local gathers out anew
+    # q, k, v and out; local gathers out anew
+    attention = e * (2 * s.query + 2 * s.key * _keys_per_token(recipe)) + (e * s.query if local else 0)
     attention += (s.query + s.key) * norm * (s.qk_norm in ("head", "projection"))
     attention += 0 if cpu else 4 * e * s.head_dim  # rotary: cos and sin for q and k; on cpu all layers share them
     columns = (4 if hf else 3) * e * s.ffn  # gate and up, and their product; where SwiGLU is not fused silu(gate) too
-    if cpu and recipe.rollout.context <= SHORT_ATTENTION and recipe.train.recompute != "selective":
-        attention += s.heads * recipe.rollout.context * e  # softmax's weights
+    if _short(recipe) and recipe.train.recompute != "selective":
+        seen = max(recipe.rollout.context, SHARED_BLOCK) if recipe.shares_prompts else recipe.rollout.context
+        attention += s.heads * seen * e  # softmax's weights
     hidden = 2 * norm * s.hidden + 2 * e * s.hidden  # two norms, inputs of qkv and of the first MLP layer
     if s.experts:
         # tokens sent to experts and back, over as many ranks as send here: balanced routing is assumed
         shared = columns / max(s.ffn, 1) * s.shared_ffn
         columns = shared + s.experts_per_token * (columns / p.expert_tensor + 2 * e * s.hidden) * p.tensor / sequence
     return hidden / sequence + (attention + columns) / p.tensor
+
+
+def _short(recipe: Recipe) -> bool:
+    on_cpu = recipe.run.device == "cpu" and recipe.parallel.backend == "megatron"
+    return on_cpu and recipe.rollout.context <= SHORT_ATTENTION
+
+
+def _keys_per_token(recipe: Recipe) -> float:
+    """Keys that attention keeps for each token at full lengths: a shared prompt's for every block or response."""
+    if not recipe.shares_prompts:
+        return 1.0
+    prompt, response, group = recipe.rollout.max_prompt_tokens, recipe.rollout.max_new_tokens, recipe.train.group_size
+    together = max((SHARED_BLOCK - prompt) // response, 1) if _short(recipe) else 1
+    copies = -(-group // together) + (not _short(recipe))
+    return (copies * prompt + group * response) / (prompt + group * response)
 
 
 class EngineMemory(NamedTuple):
@@ -258,6 +281,16 @@ def _training_plan(s: Sizes, recipe: Recipe) -> str:
     return mesh + (f"; experts over {p.expert}" if s.experts else "")
 
 
+def _prompts_plan(recipe: Recipe) -> str:
+    if recipe.shares_prompts:
+        return "prompts: each computed once for all responses to it in a micro-batch"
+    why = "train.share_prompts = false"
+    if recipe.train.share_prompts:
+        p = recipe.parallel
+        why = f"parallel.context = {p.context}" if p.context > 1 else f"parallel.backend = {p.backend}"
+    return f"prompts: computed again with every response ({why})"
+
+
 def report(s: Sizes, recipe: Recipe) -> str:
     """Plan and memory as text of some twenty lines."""
     p, r, t, e = recipe.parallel, recipe.rollout, recipe.train, recipe.estimate
@@ -271,6 +304,7 @@ def report(s: Sizes, recipe: Recipe) -> str:
     if not t.rollout_only:
         lines += [
             _training_plan(s, recipe),
+            _prompts_plan(recipe),
             f"GiB per training device (estimate; {micro_batch_tokens(recipe)} tokens a micro-batch, recompute "
             f"{t.recompute}):",
             f"  {'stage':>6}" + "".join(f"{name:>13}" for name in (*TrainerMemory._fields, "total")),

@@ -152,6 +152,8 @@ class Train(Section):
     """Rows of one forward/backward on one data-parallel rank; not used where micro_batch_tokens is set."""
     micro_batch_tokens: Positive | None = None
     """Tokens of one forward/backward on one data-parallel rank: rows are packed up to that many, without padding."""
+    share_prompts: bool = True
+    """Compute each prompt once for all responses to it in a micro-batch; Megatron without context parallelism alone."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation; selective (the attention's core) is megatron-core's alone."""
     rollout_only: bool = False
@@ -362,6 +364,11 @@ class Recipe(Section):
     def generates(self) -> bool:
         """Engines make the responses; a replay reads them."""
         return self.rollout.replay is None
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Responses carry their prompt once; else why not is in `memory.report`."""
+        return self.train.share_prompts and self.parallel.context == 1 and self.parallel.backend == "megatron"
 
     @property
     def settings(self) -> dict[str, Any]:

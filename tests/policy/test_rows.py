@@ -7,11 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpo_openrlhf.policy.rows import Layout, Rows, fill, micro_batches, pack
+from dcpo_openrlhf.policy.balance import fill
+from dcpo_openrlhf.policy.packing import Layout, Packed, micro_batches
+from dcpo_openrlhf.policy.packing import pack as pack_groups
+from dcpo_openrlhf.policy.rows import Rows
 
 # (prompt, response) of each row
 RAGGED = [([11, 12, 13], [14, 15]), ([21], [22]), ([31, 32], [33, 34, 35, 36])]
 TOKENS = [prompt + response for prompt, response in RAGGED]
+
+
+def pack(rows: Rows, chosen: list[int], layout: Layout = Layout()) -> Packed:  # noqa: B008
+    """The chosen rows, each by itself."""
+    return pack_groups(rows, [[row] for row in chosen], layout)
 
 
 def padded(*, left: bool, longest: int = 7, pad: int = 0) -> Rows:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dcpo_openrlhf.policy.rows import Rows, micro_batches
+from dcpo_openrlhf.policy.packing import micro_batches
+from dcpo_openrlhf.policy.rows import Rows
 from tools.smollm2 import ensure_smollm2
 
 SIDES = ("ours", "transformers", "multiplies", "attainable")

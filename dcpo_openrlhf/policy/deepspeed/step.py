@@ -11,7 +11,8 @@ from torch import Tensor
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.policy import micro_batch
 from dcpo_openrlhf.policy.deepspeed.model import ZeroPolicy
-from dcpo_openrlhf.policy.rows import Packed, Rows, micro_batches
+from dcpo_openrlhf.policy.packing import Packed, micro_batches
+from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Loss, Optimizer
 
 
@@ -26,8 +27,11 @@ class ZeroStep:
         loss: Loss,
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
+        share_prompts: bool = False,
         total_updates: int,
     ) -> None:
+        """share_prompts: not implemented, for its attention sees rows alone; Recipe.shares_prompts is False."""
+        assert not share_prompts
         self.policy, self.engine, self.mesh, self.loss = policy, policy.engine, policy.mesh, loss
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.optimizer, self.total_updates = optimizer, total_updates

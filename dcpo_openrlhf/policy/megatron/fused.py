@@ -4,8 +4,9 @@ In torch and megatron-core each is a chain of operations on CPU, each of which w
 works in fp32 and rounds once, attention has scores and softmax in fp32; the others work in the type of their input.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dcpo_openrlhf.policy.rows import context_share
+from dcpo_openrlhf.policy.packing import context_share
+from dcpo_openrlhf.recipe.memory import SHARED_BLOCK
 
 
 def rms_norm(x: Float[Tensor, "... hidden"], weight: Float[Tensor, " hidden"], eps: float) -> Tensor:
@@ -142,84 +144,165 @@ def short_attention(
     query: Float[Tensor, "tokens heads dim"],
     key: Float[Tensor, "tokens kv_heads dim"],
     value: Float[Tensor, "tokens kv_heads dim"],
-    lengths: tuple[int, ...],
+    groups: tuple[tuple[int, ...], ...],
     scale: float,
 ) -> Float[Tensor, "tokens heads dim"]:
-    """softmax(scale q k^T) v, causal within each of the packed sequences, whose lengths add up to the tokens.
+    """softmax(scale q k^T) v, causal within each of the packed sequences.
 
-    Scores and softmax in fp32; the weights, and in backward the gradient of the scores, are then in the type of the
-    values, as in flash attention. torch's fused kernel is slower at such lengths.
+    groups: tokens of each prompt, then of each response to it, which sees the prompt and itself; a sequence by itself
+    is a group of one number. They add up to the tokens. Scores and softmax in fp32; the weights, and in backward the
+    gradient of the scores, are then in the type of the values, as in flash attention. torch's fused kernel is slower
+    at such lengths.
     """
-    return _ShortAttention.apply(query, key, value, lengths, scale)  # pyright: ignore[reportReturnType]
+    return _ShortAttention.apply(query, key, value, groups, scale)  # pyright: ignore[reportReturnType]
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Two batched multiplies for each sequence, in which the heads of a group meet their keys without copies of them.
+    """Two batched multiplies for each block, in which the heads of a group meet their keys without copies of them.
 
-    Keeps queries, keys, values and weights. The heads of a sequence lie one after the other meanwhile.
+    Keeps queries, keys, values and weights. The heads of a block lie one after the other meanwhile.
     """
 
     @staticmethod
     def forward(  # pyright: ignore
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: tuple[tuple[int, ...], ...], scale: float
     ) -> Tensor:
-        q, k, v = (_by_head(t, lengths) for t in (query, key, value))
-        groups, out, weights = key.shape[1], torch.empty_like(q), []
-        for q_, k_, v_, out_ in zip(
-            *(_blocks(t, lengths, groups) for t in (q.float(), k.float(), v, out)), strict=True
-        ):
-            later = _later(k_.shape[1], q_.shape[1] // k_.shape[1])
-            weights.append(torch.baddbmm(later, q_, k_.mT, alpha=scale).softmax(-1).to(v.dtype))
+        plan = _plan(groups, query.shape[1], key.shape[1])
+        q, k, v = plan.queries.gather(query), plan.keys.gather(key), plan.keys.gather(value)
+        out, weights = torch.empty_like(q), []
+        blocks = zip(
+            plan.queries.blocks(q.float()),
+            plan.keys.blocks(k.float()),
+            plan.keys.blocks(v),
+            plan.queries.blocks(out),
+            plan.masks,
+            strict=True,
+        )
+        for q_, k_, v_, out_, mask in blocks:
+            weights.append(torch.baddbmm(mask, q_, k_.mT, alpha=scale).softmax(-1).to(v.dtype))
             torch.bmm(weights[-1], v_, out=out_)
         ctx.save_for_backward(q, k, v, *weights)
-        ctx.lengths, ctx.groups, ctx.scale = lengths, groups, scale
-        return _by_token(out, lengths)
+        ctx.plan, ctx.scale = plan, scale
+        return plan.queries.scatter(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, k, v, *weights = ctx.saved_tensors
-        lengths, groups = ctx.lengths, ctx.groups
-        of_out = _by_head(gradient, lengths)
-        found = [torch.empty_like(t) for t in (q, k, v)]
-        blocks = zip(*(_blocks(t, lengths, groups) for t in (q, k, v, of_out, *found)), strict=True)
-        for p, (q_, k_, v_, of_out_, of_q_, of_k_, of_v_) in zip(weights, blocks, strict=True):
+        queries, keys = ctx.plan.queries, ctx.plan.keys
+        of_q, of_k, of_v = (torch.empty_like(t) for t in (q, k, v))
+        blocks = zip(
+            *(queries.blocks(t) for t in (q, queries.gather(gradient), of_q)),
+            *(keys.blocks(t) for t in (k, v, of_k, of_v)),
+            strict=True,
+        )
+        for p, (q_, of_out_, of_q_, k_, v_, of_k_, of_v_) in zip(weights, blocks, strict=True):
             of_scores = torch.ops.aten._softmax_backward_data(of_out_ @ v_.mT, p, -1, p.dtype)
             torch.bmm(of_scores, k_, out=of_q_)
             torch.bmm(of_scores.mT, q_, out=of_k_)
             torch.bmm(p.mT, of_out_, out=of_v_)
-        for t in found[:2]:
+        for t in (of_q, of_k):
             t.mul_(ctx.scale)
-        return *(_by_token(t, lengths) for t in found), None, None
+        return queries.scatter(of_q), keys.scatter(of_k), keys.scatter(of_v), None, None
 
 
-def _by_head(t: Float[Tensor, "tokens heads dim"], lengths: tuple[int, ...]) -> Float[Tensor, "tokens*heads dim"]:
-    """Sequence by sequence, head by head, token by token."""
-    return t.reshape(-1, t.shape[-1]).index_select(0, _order(lengths, t.shape[1])[0])
+class _Side(NamedTuple):
+    """Queries or keys of a micro-batch as they lie in memory: block by block, head by head, token by token."""
+
+    lengths: list[int]
+    """Tokens of each block."""
+    order: Int[Tensor, "rows"]
+    """Place of each (block, head, token) among (token, head)."""
+    inverse: Int[Tensor, "rows"] | None
+    """The way back; None where a token lies in several blocks."""
+    tokens: int
+    heads: int
+    groups: int
+    """Heads of keys."""
+
+    def gather(self, t: Float[Tensor, "tokens heads dim"]) -> Float[Tensor, "rows dim"]:
+        return t.reshape(-1, t.shape[-1]).index_select(0, self.order)
+
+    def scatter(self, t: Float[Tensor, "rows dim"]) -> Float[Tensor, "tokens heads dim"]:
+        """The way back of `gather`, and of gradients: what several blocks say of a token is added up."""
+        if self.inverse is not None:
+            return t.index_select(0, self.inverse).view(self.tokens, self.heads, -1)
+        total = t.new_zeros(self.tokens * self.heads, t.shape[1], dtype=torch.float32)
+        # of an expanded index torch's kernel works row by row, ten times as fast as index_add
+        total.scatter_add_(0, self.order[:, None].expand(-1, t.shape[1]), t.float())
+        return total.to(t.dtype).view(self.tokens, self.heads, -1)
+
+    def blocks(self, t: Float[Tensor, "rows dim"]) -> list[Float[Tensor, "groups heads*time dim"]]:
+        """Views of the blocks."""
+        parts = t.split([n * self.heads for n in self.lengths])
+        return [part.view(self.groups, -1, t.shape[1]) for part in parts]
 
 
-def _by_token(t: Float[Tensor, "tokens*heads dim"], lengths: tuple[int, ...]) -> Float[Tensor, "tokens heads dim"]:
-    heads = len(t) // sum(lengths)
-    return t.index_select(0, _order(lengths, heads)[1]).view(-1, heads, t.shape[1])
+class _Plan(NamedTuple):
+    queries: _Side
+    keys: _Side
+    masks: list[Float[Tensor, "1 heads*queries keys"]]
+    """0 where a block's query sees a key, else -inf; one part for each head of a group."""
 
 
-def _blocks(
-    t: Float[Tensor, "tokens*heads dim"], lengths: tuple[int, ...], groups: int
-) -> list[Float[Tensor, "groups heads*time dim"]]:
-    """Views of the sequences."""
-    heads = len(t) // sum(lengths)
-    return [part.view(groups, -1, t.shape[1]) for part in t.split([n * heads for n in lengths])]
+class _Block(NamedTuple):
+    """A prompt and some of the responses to it."""
+
+    prompt: range
+    responses: list[range]
+    first: bool
+    """Whether the prompt's queries are here; a later block has its keys alone."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for part in (self.prompt, *self.responses) for token in part]
+
+    @property
+    def queries(self) -> list[int]:
+        return self.tokens if self.first else self.tokens[len(self.prompt) :]
+
+    def mask(self, heads: int) -> Float[Tensor, "1 heads*queries keys"]:
+        """0 where a query sees a key, else -inf."""
+        parts = [self.prompt, *self.responses]
+        of = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part) for part in parts]))
+        place = torch.arange(len(of))
+        sees = ((of == 0) | (of == of[:, None])) & (place <= place[:, None])
+        sees = sees[0 if self.first else len(self.prompt) :]
+        return torch.zeros(sees.shape).masked_fill(~sees, -torch.inf).repeat(heads, 1)[None]
 
 
-@lru_cache(maxsize=4)  # queries and keys of a micro-batch, of which every layer asks for the same
-def _order(lengths: tuple[int, ...], heads: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """Places of (sequence, head, token) among (token, head), and the way back."""
-    places = torch.arange(sum(lengths) * heads).view(-1, heads)
-    order = torch.cat([part.T.flatten() for part in places.split(lengths)])
-    return order, order.argsort()
+@lru_cache(maxsize=4)  # every layer of a micro-batch asks for the same
+def _plan(groups: tuple[tuple[int, ...], ...], heads: int, kv_heads: int) -> _Plan:
+    blocks = list(_blocks(groups))
+    tokens, masks = sum(map(sum, groups)), {}
+    shapes = [(block.first, len(block.prompt), *map(len, block.responses)) for block in blocks]
+    for block, shape in zip(blocks, shapes, strict=True):
+        if shape not in masks:
+            masks[shape] = block.mask(heads // kv_heads)
+    return _Plan(
+        _side([block.queries for block in blocks], tokens, heads, kv_heads),
+        _side([block.tokens for block in blocks], tokens, kv_heads, kv_heads),
+        [masks[shape] for shape in shapes],
+    )
 
 
-@lru_cache(maxsize=32)
-def _later(time: int, heads: int) -> Float[Tensor, "1 heads*time time"]:
-    """-inf where a key comes after its query, else 0; one block of queries for each head of a group."""
-    return torch.full((time, time), -torch.inf).triu(1).repeat(heads, 1)[None]
+def _blocks(groups: tuple[tuple[int, ...], ...]) -> Iterator[_Block]:
+    """Each group in blocks: more tokens are fewer multiplies, of which more is not seen."""
+    start = 0
+    for length, *responses in groups:
+        prompt, start = range(start, start + length), start + length
+        block = _Block(prompt, [], True)
+        for response in responses:
+            own, start = range(start, start + response), start + response
+            if block.responses and len(block.tokens) + response > SHARED_BLOCK:
+                yield block
+                block = _Block(prompt, [], False)
+            block.responses.append(own)
+        yield block
+
+
+def _side(blocks: list[list[int]], tokens: int, heads: int, groups: int) -> _Side:
+    places = torch.arange(tokens * heads).view(-1, heads)
+    order = torch.cat([places[block].T.flatten() for block in blocks])
+    inverse = order.argsort() if len(order) == tokens * heads else None
+    return _Side([len(block) for block in blocks], order, inverse, tokens, heads, groups)

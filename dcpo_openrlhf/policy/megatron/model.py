@@ -24,9 +24,10 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dcpo_openrlhf.policy.megatron import names
+from dcpo_openrlhf.policy.megatron.attention import PackedAttention, te_attention
 from dcpo_openrlhf.policy.megatron.config import padded_vocab_size, rope_type, transformer_config
 from dcpo_openrlhf.policy.megatron.fused import SwiGLU
-from dcpo_openrlhf.policy.megatron.layers import PackedAttention, ProjectionNorm, RMSNorm
+from dcpo_openrlhf.policy.megatron.layers import ProjectionNorm, RMSNorm
 from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Model, Parallel, Train
@@ -279,7 +280,9 @@ def _layer(sizes: Sizes, config: TransformerConfig, experts: int | None, te: boo
     attention = parts.self_attention.submodules
     if "o" in sizes.bias:  # megatron-core's add_bias_linear would give the MLP one too
         attention.linear_proj = partial(_biased, attention.linear_proj)
-    if not te:
+    if te:
+        attention.core_attention = te_attention()
+    else:
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention.core_attention = PackedAttention
         mlp = parts.mlp.keywords["submodules"]

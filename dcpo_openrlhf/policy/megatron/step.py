@@ -10,16 +10,17 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from dcpo_openrlhf.policy import micro_batch
+from dcpo_openrlhf.policy.megatron.attention import SharedPromptParams, sequence_params
 from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.policy.megatron.model import Policy
-from dcpo_openrlhf.policy.rows import Layout, Packed, Rows, micro_batches
+from dcpo_openrlhf.policy.packing import Layout, Packed, micro_batches
+from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Loss, Optimizer
 
 
@@ -34,6 +35,7 @@ class PolicyStep:
         loss: Loss,
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
+        share_prompts: bool = True,
         total_updates: int,
     ) -> None:
         self.policy, self.mesh, self.loss = policy, policy.mesh, loss
@@ -43,10 +45,14 @@ class PolicyStep:
             context_size=self.mesh.context_size,
             sequence_split=self.mesh.tensor_size if policy.config.sequence_parallel else 1,
             equal=not policy.config.variable_seq_lengths,
+            share_prompts=share_prompts and self.mesh.context_size == 1,
         )
         self.stop_asked: Callable[[], bool] = lambda: False
         """Is a forward pass to be left between micro-batches? Set by the actor."""
         self._selected: Tensor | None = None
+        self._positions: Tensor | None = None
+        for chunk in policy.chunks:
+            chunk.rotary_pos_emb.register_forward_hook(self._angles_of_positions)
         if (last := policy.chunks[-1]).post_process:
             # the hook gathers the sequence itself, so that prompts need no logits under sequence parallelism either
             last.output_layer.sequence_parallel = False
@@ -198,10 +204,10 @@ class PolicyStep:
         packed = next(packs)
         device = self.mesh.device
         self._selected = packed.selected.to(device)
+        params = sequence_params(packed, device)
+        self._positions = params.positions if isinstance(params, SharedPromptParams) else None
         options = {"fp32_output": False} if self.policy.config.bf16 else {}
-        output = model(
-            packed.tokens.to(device), None, None, packed_seq_params=_sequence_params(packed, device), **options
-        )
+        output = model(packed.tokens.to(device), None, None, packed_seq_params=params, **options)
         return output, lambda logits: loss(packed, logits.squeeze(0))
 
     def _keep_action_positions(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -211,23 +217,21 @@ class PolicyStep:
         if self.policy.config.sequence_parallel:
             # the output layer sums the gradient over the tensor ranks; each takes its part of the sequence back
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return (hidden.index_select(0, self._selected), *inputs[1:])
+        # the last token of a shared prompt is taken several times; backward of an index adds up in a fixed order
+        return (hidden[self._selected], *inputs[1:])
+
+    def _angles_of_positions(self, _: torch.nn.Module, __: Any, angles: Any) -> Any:
+        """Rotary angles token by token where responses share their prompt."""
+        if self._positions is None:
+            return angles
+        if isinstance(angles, tuple):  # yarn's come with a factor
+            return (angles[0][self._positions], *angles[1:])
+        return angles[self._positions]
 
 
 def _no_loss(device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What a pass without a loss returns: loss sum, count, sums to log."""
     return torch.zeros((), device=device), torch.zeros((), dtype=torch.int, device=device), {}
-
-
-def _sequence_params(packed: Packed, device: torch.device) -> PackedSeqParams:
-    bounds = packed.bounds.to(device)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=packed.longest,
-        max_seqlen_kv=packed.longest,
-    )
 
 
 def _distributed(policy: Policy) -> list[DistributedDataParallel]:

@@ -43,6 +43,7 @@ def make_step(
     *,
     micro_batch_size: int = 2,
     micro_batch_tokens: int | None = None,
+    share_prompts: bool = True,
     learning_rate: float = 1e-3,
     cpu_offload: float = 0.0,
     **loss: Any,
@@ -54,6 +55,7 @@ def make_step(
         loss=Loss(**loss),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
+        share_prompts=share_prompts,
         total_updates=10,
     )
 
@@ -68,6 +70,30 @@ def random_rows(*, batch: int = 8, longest: int = 24, vocab_size: int = 256, see
     attention = time[None] < lengths[:, None]
     actions = attention[:, 1:] & (time[None, 1:] >= prompts[:, None])
     sequences = torch.randint(0, vocab_size, (batch, longest), generator=g) * attention
+    advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
+    old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
+    return Rows(sequences, attention, actions, old_logp, (advantage,))
+
+
+def grouped_rows(
+    *, prompts: int = 3, group_size: int = 4, longest: int = 24, vocab_size: int = 256, seed: int = 0
+) -> Rows:
+    """`group_size` responses to each prompt, prompts of one token and responses of one among them, and a lone row."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = [1, *torch.randint(2, 12, (prompts - 1,), generator=g).tolist()]
+    of_row = [length for length in lengths for _ in range(group_size)] + [5]
+    batch, time = len(of_row), torch.arange(longest)
+    starts = torch.tensor(of_row)
+    responses = torch.randint(1, 12, (batch,), generator=g)
+    responses[group_size] = 1
+    ends = starts + responses
+    attention = time[None] < ends[:, None]
+    actions = attention[:, 1:] & (time[None, 1:] >= starts[:, None])
+    sequences = torch.randint(0, vocab_size, (batch, longest), generator=g)
+    for first in range(0, batch - 1, group_size):
+        prompt = of_row[first]
+        sequences[first : first + group_size, :prompt] = sequences[first, :prompt]
+    sequences = sequences * attention
     advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
     old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
     return Rows(sequences, attention, actions, old_logp, (advantage,))

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcpo_openrlhf.policy.megatron import fused
-from dcpo_openrlhf.policy.rows import context_share
+from dcpo_openrlhf.policy.megatron.attention import PackedAttention
+from dcpo_openrlhf.policy.packing import context_share
+from dcpo_openrlhf.policy.shared_prompts import Segments
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 """Of the largest value; bf16 has 8 bits, and rotary embedding rounds three times."""
@@ -88,6 +90,67 @@ def test_rotary_embedding_forgets_the_angles_of_another_micro_batch() -> None:
     torch.testing.assert_close(cut[2:], whole[:2])
 
 
+GROUPS = ((5,), (4, 3, 1, 2), (1,), (2, 6, 6))
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Of GROUPS, token by token: each sees its prompt and its own response up to itself."""
+    sees = torch.zeros(30, 30, dtype=torch.bool)
+    start = 0
+    for prompt, *responses in GROUPS:
+        own = start
+        for length, before in [(prompt, 0), *((n, prompt) for n in responses)]:
+            for t in range(length):
+                sees[own + t, start : start + before] = True
+                sees[own + t, own : own + t + 1] = True
+            own += length
+        start = own
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("block", [4, 9, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
+def test_short_attention_of_responses_sees_their_prompt(
+    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, dtype: torch.dtype, block: int
+) -> None:
+    monkeypatch.setattr(fused, "SHARED_BLOCK", block)
+    fused._plan.cache_clear()
+    qkv = [random(30, h, 8, seed=i, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads))]
+    compare(
+        lambda q, k, v: fused.short_attention(q, k, v, GROUPS, 0.3), lambda q, k, v: tree_attention(q, k, v, 0.3), qkv
+    )
+    fused._plan.cache_clear()
+
+
+def test_long_attention_of_responses_sees_their_prompt() -> None:
+    """Responses longer and shorter than their prompt, which take different ways."""
+    attention = PackedAttention.__new__(PackedAttention)
+    attention.softmax_scale = 0.3
+    qkv = [random(30, h, 8, seed=i, dtype=torch.float32) for i, h in enumerate((6, 2, 2))]
+    compare(
+        lambda q, k, v: attention._shared(q, k, v, Segments(GROUPS)).view(30, 6, 8),
+        lambda q, k, v: tree_attention(q, k, v, 0.3),
+        qkv,
+    )
+
+
+def test_segments_over_their_keys_are_the_same_attention() -> None:
+    """What Transformer Engine is asked for: every segment's queries are the last of its keys."""
+    s = Segments(GROUPS)
+    q, k, v = (random(30, 3, 8, seed=i, dtype=torch.float32) for i in range(3))
+    out = []
+    for i in range(len(s.lengths)):
+        keys = s.keys[s.key_bounds[i] : s.key_bounds[i + 1]]
+        mask = torch.ones(s.lengths[i], len(keys)).tril(len(keys) - s.lengths[i]).bool()
+        own = q[s.bounds[i] : s.bounds[i + 1]]
+        scores = torch.einsum("qhd,khd->hqk", own, k[keys]).masked_fill(~mask, -torch.inf) * 0.3
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys]))
+    torch.testing.assert_close(torch.cat(out), tree_attention(q, k, v, 0.3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
 def test_short_attention_sees_its_own_sequence_up_to_itself(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
@@ -101,4 +164,4 @@ def test_short_attention_sees_its_own_sequence_up_to_itself(heads: int, kv_heads
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
 
     qkv = [random(15, h, dim, seed=i, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads))]
-    compare(lambda q, k, v: fused.short_attention(q, k, v, lengths, scale), plain, qkv)
+    compare(lambda q, k, v: fused.short_attention(q, k, v, tuple((n,) for n in lengths), scale), plain, qkv)

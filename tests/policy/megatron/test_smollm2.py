@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dcpo_openrlhf.policy.megatron.mesh import tensor_group
-from dcpo_openrlhf.policy.rows import Packed, Rows
+from dcpo_openrlhf.policy.packing import Packed
+from dcpo_openrlhf.policy.rows import Rows
 from tests.distributed import run_distributed
 from tests.policy.megatron.common import make_policy, make_step
 from tools.smollm2 import ensure_smollm2

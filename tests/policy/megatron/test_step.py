@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dcpo_openrlhf.policy import micro_batch
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
+from dcpo_openrlhf.policy.shared_prompts import deal
 from tests.distributed import run_distributed
-from tests.policy.megatron.common import make_policy, make_step, random_rows
+from tests.policy.megatron.common import grouped_rows, make_policy, make_step, random_rows
 from tests.tiny import ARCHITECTURE_FIELDS, MIXTURES, make_tiny_model
 
 # name: (processes, architecture, mesh and recomputation)
@@ -92,7 +93,7 @@ def results(models: dict[str, Path]) -> dict[int, list[dict[str, Any]]]:
     }
 
 
-def _statistics(ranks: list[dict[str, Any]], key: tuple[str, str]) -> dict[str, Tensor]:
+def _statistics(ranks: list[dict[str, Any]], key: tuple[str, ...]) -> dict[str, Tensor]:
     """Of all rows in their order, from the leaders of the data ranks."""
     parts = [rank[key][0] for rank in ranks if rank[key][0] is not None]
     order = torch.cat([index for index, _ in parts]).argsort()
@@ -116,6 +117,79 @@ def test_update_equals_that_of_one_process(results: dict[int, list[dict[str, Any
     assert ranks[0][name, split][2].keys() == weights.keys()
     for key, value in weights.items():
         torch.testing.assert_close(ranks[0][name, split][2][key], value, atol=1e-5, rtol=1e-5, msg=key)
+
+
+# responses that share their prompt: some rows and up to a number of tokens, both of which cut groups in parts
+SHARED_SPLITS: dict[str, dict[str, Any]] = {
+    "unshared": {"micro_batch_size": 1, "share_prompts": False},
+    "three rows": {"micro_batch_size": 3},
+    "40 tokens": {"micro_batch_tokens": 40},
+}
+
+
+def shared_splits_of(name: str) -> list[tuple[str, str]]:
+    """(split, aggregation) on each mesh; without sharing on one process alone."""
+    if MESHES[name][0] == 4:
+        return [("40 tokens", "token_mean")]
+    unshared = [("unshared", how) for how in ("token_mean", "sequence_mean")] if name in ALONE else []
+    return [*unshared, ("three rows", "token_mean"), ("40 tokens", "sequence_mean")]
+
+
+ALONE = {"llama": "one", "qwen3_moe": "one-moe"}
+ALONE |= {name: architecture for architecture, name in ALONE.items()}
+
+
+def _sharing_on_meshes(rank: int, world_size: int, models: dict[str, Path], names: list[str]) -> dict[str, Any]:
+    """{(mesh, split, aggregation): (token statistics or None, metrics of two updates, weights on rank 0)}."""
+    results = {}
+    for name in names:
+        _, architecture, sizes = MESHES[name]
+        for split, aggregation in shared_splits_of(name):
+            policy = make_policy(models[architecture], rank=rank, world_size=world_size, **sizes)
+            step, mesh = make_step(policy, aggregation=aggregation, **SHARED_SPLITS[split]), policy.mesh
+            mine = [deal(grouped_rows(seed=seed), mesh.data_size, groups=True)[mesh.data_rank] for seed in (0, 1)]
+            stats = step.token_statistics(mine[0], temperatures=TEMPERATURES)
+            metrics = [step.update(rows, entropy_coefficient=0.1) for rows in mine]
+            weights = {key: value.clone() for key, value in hf_tensors(policy)}
+            leader = (mine[0].index, stats) if mesh.is_data_leader else None
+            results[name, split, aggregation] = leader, metrics, weights if rank == 0 else None
+    return results
+
+
+@pytest.fixture(scope="module")
+def sharing(models: dict[str, Path]) -> dict[int, list[dict[str, Any]]]:
+    sizes = sorted({world_size for world_size, *_ in MESHES.values()})
+    of_size = {size: [name for name, (world, *_) in MESHES.items() if world == size] for size in sizes}
+    return {size: run_distributed(_sharing_on_meshes, size, models, of_size[size]) for size in sizes}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "aggregation"),
+    [(name, *split) for name in MESHES for split in shared_splits_of(name) if split[0] != "unshared"],
+)
+def test_responses_that_share_their_prompt_train_as_rows_by_themselves(
+    sharing: dict[int, list[dict[str, Any]]], name: str, split: str, aggregation: str
+) -> None:
+    world_size, architecture, _ = MESHES[name]
+    key = (ALONE[architecture], "unshared", aggregation)
+    _, metrics, weights = sharing[1][0][key]
+    statistics = _statistics(sharing[1], key)
+    ranks = sharing[world_size]
+    for kind, value in _statistics(ranks, (name, split, aggregation)).items():
+        torch.testing.assert_close(
+            value, statistics[kind], atol=1e-5, rtol=1e-5, msg=lambda m, kind=kind: f"{kind}: {m}"
+        )
+    for rank in ranks:
+        for step, other in zip(metrics, rank[name, split, aggregation][1], strict=True):
+            assert other == pytest.approx(step, rel=2e-5, abs=1e-6)
+    for kind, value in weights.items():
+        torch.testing.assert_close(
+            ranks[0][name, split, aggregation][2][kind],
+            value,
+            atol=1e-5,
+            rtol=1e-5,
+            msg=lambda m, kind=kind: f"{kind}: {m}",
+        )
 
 
 # every family: (processes, mesh); megatron-core trains experts on tensor ranks with sequence parallelism alone
