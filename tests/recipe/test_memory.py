@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,8 +65,10 @@ def test_sums_by_hand() -> None:
     assert need.weights == pytest.approx(2 * half, rel=1e-4)
     assert need.gradients == pytest.approx(4 * half, rel=1e-4)
     assert need.optimizer == pytest.approx(12 * half / 2, rel=1e-4)
-    # norm inputs and linear inputs: 4 x 3584; q, k, v, out: 2 x 3584 + 2 x 512; rotary 4 x 128; MLP 3 x 18944
-    per_token = 28 * 2 * (4 * 3584 + 2 * 3584 + 2 * 512 + 4 * 128 + 3 * 18944) / 2
+    # keys: of a group of 1024 + 8 x 3072 tokens the prompt's once, and again before each of 8 responses
+    keys = (9 * 1024 + 8 * 3072) / (1024 + 8 * 3072)
+    # norm inputs and linear inputs: 4 x 3584; q, out, k, v: 2 x 3584 + 2 x 512; rotary 4 x 128; MLP 3 x 18944
+    per_token = 28 * 2 * (4 * 3584 + 2 * 3584 + 2 * 512 * keys + 4 * 128 + 3 * 18944) / 2
     assert need.activations == 8192 * per_token
     assert need.logits == 8192 * 2 * 152064 / 2
 
@@ -80,7 +83,8 @@ def test_meshes_share_out_what_they_should() -> None:
     whole = memory.trainer_memory(s, recipe("parallel.sequence_parallel=false"))
     assert whole.activations - two.activations == pytest.approx(8192 * 28 * 4 * 2 * 3584 / 2)
     assert memory.trainer_memory(s, recipe("train.recompute=full")).activations < two.activations / 8
-    assert memory.trainer_memory(s, recipe("parallel.context=2")).activations == two.activations / 2
+    apart = memory.trainer_memory(s, recipe("train.share_prompts=false"))
+    assert memory.trainer_memory(s, recipe("parallel.context=2")).activations == apart.activations / 2
 
 
 def test_zero_shares_out_optimizer_and_gradients_and_in_stage_3_the_weights() -> None:
@@ -155,6 +159,7 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MALLOC_MMAP_THR
 MEASURE = """
 import json, sys
 from pathlib import Path
+from typing import Any
 import torch
 from dcpo_openrlhf.policy import cpu as allocator
 from dcpo_openrlhf.policy.megatron import cpu
@@ -166,7 +171,7 @@ from dcpo_openrlhf.policy.megatron.mesh import init_mesh
 from dcpo_openrlhf.policy.megatron.model import build_policy
 from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
-path, dtype, recompute, batch, time, vocabulary = sys.argv[1:4] + [int(a) for a in sys.argv[4:]]
+path, dtype, recompute, batch, time, vocabulary, prompt, group = sys.argv[1:4] + [int(a) for a in sys.argv[4:]]
 
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -175,8 +180,10 @@ def resident(name):
 def rows(batch, time):
     attention = torch.ones(batch, time, dtype=torch.bool)
     tokens = torch.randint(0, vocabulary, (batch, time))
+    tokens[:, :prompt] = tokens[::group, :prompt].repeat_interleave(group, 0)[:batch]
+    actions = attention[:, 1:] & (torch.arange(1, time) >= prompt)
     logp = torch.full((batch, time - 1), -5.0)
-    return Rows(tokens, attention, attention[:, 1:], logp, (torch.randn(batch, 1).expand_as(logp).contiguous(),))
+    return Rows(tokens, attention, actions, logp, (torch.randn(batch, 1).expand_as(logp).contiguous(),))
 
 parallel, train = Parallel(devices_per_node=1), Train(recompute=recompute)
 mesh = init_mesh(parallel, device="cpu", rank=0, world_size=1, seed=1)
@@ -193,12 +200,14 @@ print(json.dumps({"states": states, "peak": resident("VmHWM") - before}))
 """
 
 
-def measured(path: Path, *, dtype: str, recompute: str, batch: int, time: int, vocabulary: int) -> dict[str, int]:
+def measured(
+    path: Path, *, dtype: str, recompute: str, batch: int, time: int, vocabulary: int, prompt: int, group: int
+) -> dict[str, int]:
     """Bytes of the model and its optimizer, and the peak of an update of full rows, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    arguments = [str(path), dtype, recompute, str(batch), str(time), str(vocabulary)]
+    arguments = [str(path), dtype, recompute, *map(str, (batch, time, vocabulary, prompt, group))]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURE, *arguments],
         env=os.environ | rendezvous | SETTINGS,
@@ -211,7 +220,9 @@ def measured(path: Path, *, dtype: str, recompute: str, batch: int, time: int, v
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def estimated(path: Path, *, dtype: str, recompute: str, batch: int, time: int) -> memory.TrainerMemory:
+def estimated(
+    path: Path, *, dtype: str, recompute: str, batch: int, time: int, prompt: int, group: int
+) -> memory.TrainerMemory:
     r = Recipe.model_validate(
         {
             "run": {"device": "cpu"},
@@ -220,19 +231,21 @@ def estimated(path: Path, *, dtype: str, recompute: str, batch: int, time: int) 
             "train": {
                 "micro_batch_size": batch,
                 "recompute": recompute,
+                "group_size": max(group, 2),
+                "share_prompts": group > 1,
                 "prompts_per_step": 8,
                 "prompts_per_update": 8,
             },
             "parallel": {"devices_per_node": 1},
-            "rollout": {"max_prompt_tokens": 1, "max_new_tokens": time - 1},
+            "rollout": {"max_prompt_tokens": prompt, "max_new_tokens": time - prompt},
         }
     )
     return memory.trainer_memory(Sizes.of(json.loads((path / "config.json").read_text())), r)
 
 
-def compare(path: Path, vocabulary: int, *, dtype: str, recompute: str, batch: int, time: int) -> None:
-    need = estimated(path, dtype=dtype, recompute=recompute, batch=batch, time=time)
-    seen = measured(path, dtype=dtype, recompute=recompute, batch=batch, time=time, vocabulary=vocabulary)
+def compare(path: Path, vocabulary: int, **shape: Any) -> None:
+    shape = {"prompt": 1, "group": 1} | shape
+    need, seen = estimated(path, **shape), measured(path, vocabulary=vocabulary, **shape)
     said = f"measured {seen}, estimated {need._asdict()}, total {need.total}"
     assert need.weights + need.gradients + need.optimizer == pytest.approx(seen["states"], rel=0.2), said
     assert need.total == pytest.approx(seen["peak"], rel=0.2), said
@@ -247,6 +260,29 @@ EMULATED = pytest.mark.skipif(
 def test_peak_of_a_small_model(dtype: str, recompute: str, tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path, architecture="qwen3", hidden=512, layers=8, heads=8, kv_heads=4, ffn=1536)
     compare(path, 256, dtype=dtype, recompute=recompute, batch=8, time=512)
+
+
+@pytest.mark.parametrize(("prompt", "time"), [(96, 160), (400, 640)])  # short attention, and torch's kernel
+def test_peak_where_responses_share_their_prompt(prompt: int, time: int, tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path, architecture="qwen3", hidden=512, layers=8, heads=8, kv_heads=4, ffn=1536)
+    compare(path, 256, dtype="fp32", recompute="none", batch=16, time=time, prompt=prompt, group=4)
+
+
+def test_a_shared_prompt_counts_once() -> None:
+    sizes_of = "train.micro_batch_tokens=null", "train.micro_batch_size=16"
+    shared, apart = (recipe(*sizes_of, f"train.share_prompts={share}") for share in ("true", "false"))
+    assert memory.micro_batch_tokens(apart) == 16 * (1024 + 3072)
+    assert memory.micro_batch_tokens(shared) == 2 * 1024 + 16 * 3072
+    assert "prompts: each computed once" in memory.report(sizes("Qwen2.5-7B"), shared)
+    for change, why in [
+        ("train.share_prompts=false", "train.share_prompts = false"),
+        ("parallel.context=2", "parallel.context = 2"),
+        ("parallel.backend=deepspeed", "parallel.backend = deepspeed"),
+    ]:
+        text = memory.report(
+            sizes("Qwen2.5-7B"), recipe(change, "parallel.tensor=1", "parallel.sequence_parallel=false")
+        )
+        assert f"prompts: computed again with every response ({why})" in text
 
 
 @pytest.mark.long
