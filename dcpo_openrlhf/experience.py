@@ -66,6 +66,7 @@ class DCPOExperience(Experience):
             entropy_coefficient=self.entropy_coefficient,
             expected_weight=self.expected_weight,
             expected_temperature=self.expected_temperature,
+            reference_logp=self.base_action_log_probs,
         )
         if self.tempered is None:
             return own
@@ -126,17 +127,44 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             experience.action_log_probs = stats["logp"]
             experience.entropy = stats["entropy"]
             experience.tempered_log_probs = stats["tempered_logp"]
+        self._add_reference(samples_list)
         require_possible_statistics(
             samples_list, step=self.step, prompts=self.prompts, group_size=self.recipe.train.group_size
         )
         return samples_list
 
-    def statistics(self, rows: Sequence[Rows], temperatures: list[float]) -> list[dict[str, Tensor]]:
-        """Token statistics of the policy for each batch of rows, of any size."""
+    def _add_reference(self, experiences: list[DCPOExperience]) -> None:
+        """log pi_ref of every row, where the recipe has a KL to it."""
+        if experiences and self.recipe.kl.coefficient:
+            found = self.statistics([e.rows() for e in experiences], [], reference=True)
+            for e, stats in zip(experiences, found, strict=True):
+                e.base_action_log_probs = stats["logp"]
+
+    def _penalty(self, e: DCPOExperience) -> Float[Tensor, " batch"] | float:
+        """What the KL to the starting model takes off each response's reward."""
+        kl = self.recipe.kl
+        if kl.use_loss or not kl.coefficient:
+            return 0.0
+        estimate = objectives.kl_estimate(
+            logp=e.action_log_probs,
+            reference_logp=e.base_action_log_probs,
+            old_logp=e.action_log_probs,
+            mask=e.mask,
+            estimator=kl.estimator,
+        )
+        return kl.coefficient * estimate.sum(1)
+
+    def statistics(
+        self, rows: Sequence[Rows], temperatures: list[float], *, reference: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Token statistics of the policy, or of the starting model, for each batch of rows, of any size."""
         data = self.recipe.parallel.data  # every data rank takes equally many rows: the first ones fill it up
         full = [r.take(torch.arange(-(-len(r) // data) * data) % len(r)) for r in rows]
         refs = self.actor_model_group.async_run_method_batch(
-            "token_statistics", rows=full, temperatures=[temperatures] * len(full)
+            "token_statistics",
+            rows=full,
+            temperatures=[temperatures] * len(full),
+            reference=[reference] * len(full),
         )
         self.forward = refs
         found = self.actor_model_group.gather(refs)
@@ -181,7 +209,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             self.method,
             group_advantage=torch.zeros_like(rewards)
             if tempered
-            else objectives.group_advantage(reward=rewards, group_size=t.group_size),
+            else objectives.group_advantage(reward=rewards - self._penalty(e), group_size=t.group_size),
             success=rewards,
             target_ratio=e.target_ratio,
             entropy=e.entropy,
@@ -209,6 +237,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             self._replace_rows(experiences, drawn)
         extra = [e.tempered for e in experiences if e.tempered is not None]
         found = self.statistics([e.rows() for e in extra], [temperature]) if extra else []
+        self._add_reference(extra)
         for tempered, stats in zip(extra, found, strict=True):
             tempered.action_log_probs, tempered.entropy = stats["logp"], stats["entropy"]
             tempered.tempered_log_probs = stats["tempered_logp"]

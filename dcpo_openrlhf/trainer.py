@@ -21,7 +21,7 @@ from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
-from dcpo_openrlhf.recipe.resume import REPORT, what_is_kept
+from dcpo_openrlhf.recipe.resume import REPORT, starting_model, what_is_kept
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import tasks
@@ -58,7 +58,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.experience_maker.resample = self.tempered_rollout
         self.generator = make_generator(strategy, engines, tokenizer)
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
-        self.weights_version = 0
+        self.weights_version, self.starting_model = 0, starting_model(recipe)
         c = recipe.checkpoint
         self.checkpoints = CheckpointFolder(
             recipe.run.dir / "checkpoints",
@@ -148,6 +148,7 @@ class DCPOTrainer(BasePPOTrainer):
             "history": list(self.history),
             "heldout": tasks.fingerprint(self.heldout),
             "heldout_before": self.before,
+            "reference": self.starting_model,
             "minutes": self.minutes(),
             "recipe": self.recipe.model_dump(mode="json"),
         }

@@ -104,6 +104,17 @@ def advantages_of(name: str, a: float, r: float, rho: float, h: float, tempered:
     raise KeyError(name)
 
 
+def kl_to_reference(logp: float, start: float, old: float, estimator: str, unbiased: bool) -> tuple[float, float]:
+    """(estimate, its slope in log pi_theta) of one sampled token, by the formulas of the estimators."""
+    d = logp - start
+    value, slope = {
+        "k1": (d, 1.0),
+        "k2": (d * d / 2, d),
+        "k3": (math.exp(-d) - 1 + d, 1 - math.exp(-d)),
+    }[estimator]
+    return value, math.exp(logp - old) * d if unbiased else slope
+
+
 def averaging_weights(name: str, batch: Batch, s: Settings) -> Rows:
     """d objective / d token value: avg over rows of row means, or over tokens; j2 and j4 average each origin apart."""
     apart = name in ("j2", "j4")

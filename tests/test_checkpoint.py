@@ -18,6 +18,7 @@ from dcpo_openrlhf.recipe.resume import (
     finished,
     prepare_run_folder,
     resume_point,
+    starting_model,
     what_is_kept,
 )
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
@@ -182,6 +183,22 @@ def test_resume_says_where_to_begin(tmp_path: Path) -> None:
         assert found is not None and (found.step, found.state()["step"]) == (3, 3)
     with pytest.raises(RecipeError, match=r"is at step 3, beyond train.steps = 2"):
         resume_point(make_recipe(tmp_path, checkpoint={"resume": "auto"}, train={"steps": 2}))
+
+
+def test_a_run_with_a_kl_goes_on_with_the_model_that_it_started_from(tmp_path: Path) -> None:
+    model, kl = tmp_path / "model", {"coefficient": 0.1}
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(10**7))
+    recipe = make_recipe(tmp_path, model={"path": str(model)}, kl=kl, checkpoint={"resume": "auto"})
+    folder = make_folder(tmp_path)
+    state = {"step": 3, "recipe": recipe.model_dump(mode="json"), "reference": starting_model(recipe)}
+    folder.begin(state, {"reward_mean": 0.0})
+    folder.finish()
+    assert resume_point(recipe) is not None
+    (model / "model.safetensors").write_bytes(bytes(10**7 - 1) + b"1")
+    with pytest.raises(RecipeError, match="the model that its run started from .* holds other weights"):
+        resume_point(recipe)
+    assert starting_model(make_recipe(tmp_path, model={"path": str(model)})) is None, "nothing is read without a KL"
 
 
 def test_a_finished_run_is_told_from_one_that_lacks_its_end(tmp_path: Path) -> None:

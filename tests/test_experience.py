@@ -25,13 +25,13 @@ class FakeGroup:
     def __init__(self) -> None:
         self.calls: list[list[float]] = []
 
-    def async_run_method_batch(self, method_name: str, rows: list, temperatures: list) -> list[Any]:
+    def async_run_method_batch(self, method_name: str, rows: list, temperatures: list, reference: list) -> list[Any]:
         assert method_name == "token_statistics"
         self.calls.append(temperatures[0])
         results = []
         for row in rows:
-            logp = -(row.sequences[:, 1:].float() / 10) * row.action_mask
-            tempered = torch.stack([logp / t for t in temperatures[0]], -1)
+            logp = -(row.sequences[:, 1:].float() / 10) * row.action_mask * (0.5 if reference[0] else 1.0)
+            tempered = torch.stack([logp / t for t in temperatures[0]], -1) if temperatures[0] else logp[..., None]
             results.append({"logp": logp, "entropy": 0.5 - logp, "tempered_logp": tempered})
         return results
 
@@ -39,12 +39,13 @@ class FakeGroup:
         return refs
 
 
-def make_maker(**method: Any) -> DCPOExperienceMaker:
+def make_maker(*, kl: dict[str, Any] | None = None, **method: Any) -> DCPOExperienceMaker:
     recipe = Recipe.model_validate(
         {
             "model": {"path": "unused"},
             "task": {"kind": "arithmetic"},
             "method": {"target_entropy": 5.0, "alpha_max": 1.0, **method},
+            "kl": kl or {},
             "train": {"prompts_per_step": 4, "prompts_per_update": 2, "group_size": 2, "steps": 1},
             "parallel": {"devices_per_node": 1},
         }
@@ -119,6 +120,25 @@ def test_a_temperature_between_the_two_costs_a_second_forward() -> None:
     maker.make_experience_batch(samples(REWARDS))
     assert maker.decision is not None and 0.5 < maker.decision.temperature < 2.0
     assert maker.actor_model_group.calls == [[0.5, 2.0], [maker.decision.temperature]]
+
+
+def test_kl_to_the_starting_model_costs_a_forward_of_it_and_goes_to_the_loss_or_off_the_reward() -> None:
+    maker = make_maker(name="grpo")
+    (plain, _) = maker.make_experience_batch(samples(REWARDS))
+    assert plain.rows().reference_logp is None and maker.actor_model_group.calls == [[0.8, 1.2]]
+    for use_loss in (True, False):
+        kl = {"coefficient": 0.5, "use_loss": use_loss, "estimator": "k1"}
+        maker = make_maker(name="grpo", kl=kl)
+        (first, _) = maker.make_experience_batch(samples(REWARDS))
+        assert maker.actor_model_group.calls == [[0.8, 1.2], []]
+        starting = first.rows().reference_logp
+        assert starting is not None
+        torch.testing.assert_close(starting, first.action_log_probs / 2)  # FakeGroup's starting model
+        reward = torch.tensor(REWARDS[:4])
+        if not use_loss:
+            reward = reward - 0.5 * (first.action_log_probs - starting).sum(1)
+        expected = objectives.group_advantage(reward=reward, group_size=2)[:, None] * first.mask
+        torch.testing.assert_close(first.advantages * first.mask, expected)
 
 
 def test_entropy_reg_and_dcpo_expected_hand_their_terms_to_the_loss() -> None:

@@ -12,6 +12,7 @@ from dcpo_openrlhf.methods import METHODS, Method, aepo_rows, expected_weight, m
 from dcpo_openrlhf.objectives import (
     clipped_surrogate,
     group_advantage,
+    kl_estimate,
     loss_denominator,
     mixed_advantage,
     mixing_weights,
@@ -137,6 +138,70 @@ def test_loss_and_gradient_equal_the_twin(name, aggregation, dual_clip, mixing):
     twin_loss, twin_gradient = reference.loss_and_gradient(name, batch, s)
     torch.testing.assert_close(loss, torch.tensor(twin_loss, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(gradient, torch.tensor(twin_gradient, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_kl_to_the_starting_model_and_its_gradient_equal_the_twin(aggregation, estimator, unbiased):
+    batch = make_batch()
+    x, s = tensors_of(batch), reference.Settings(aggregation=aggregation)
+    start = x.old_logp + 0.5 * torch.randn(x.mask.shape, generator=torch.Generator().manual_seed(5), dtype=x.mask.dtype)
+    estimate = kl_estimate(
+        logp=x.logp,
+        reference_logp=start.masked_fill(x.mask == 0, float("nan")),
+        old_logp=x.old_logp,
+        mask=x.mask,
+        estimator=estimator,
+        unbiased_gradient=unbiased,
+    )
+    weight = token_weight(mask=x.mask, aggregation=aggregation)
+    common = {"logp": x.logp, "old_logp": x.old_logp, "weight": weight, "mask": x.mask, **CLIP}
+    terms = objective_terms(advantages=[torch.zeros_like(x.mask)], kl=estimate, kl_coefficient=0.3, **common)
+    (gradient,) = torch.autograd.grad(terms.loss_sum, x.logits)
+    weights = reference.averaging_weights("grpo", batch, s)
+    count = float(loss_denominator(mask=x.mask, aggregation=aggregation))
+    loss, expected = 0.0, torch.zeros_like(gradient)
+    for i, row in enumerate(batch.logits):
+        for t, z in enumerate(row):
+            if batch.mask[i][t]:
+                a, p = batch.tokens[i][t], reference.softmax(z)
+                value, slope = reference.kl_to_reference(
+                    math.log(p[a]), float(start[i, t]), float(x.old_logp[i, t]), estimator, unbiased
+                )
+                loss += 0.3 * weights[i][t] * value * count
+                onehot = torch.nn.functional.one_hot(torch.tensor(a), VOCABULARY)
+                expected[i, t] = 0.3 * weights[i][t] * count * slope * (onehot - torch.tensor(p, dtype=torch.float64))
+    assert float(terms.loss_sum.detach()) == pytest.approx(loss, abs=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_unbiased_gradient_is_that_of_the_divergence(estimator):
+    """By enumeration of the tokens: E_{a ~ pi_old}[gradient] = grad KL(pi_theta || pi_ref)."""
+    g = torch.Generator().manual_seed(1)
+    z, old, start = (torch.randn(VOCABULARY, generator=g, dtype=torch.float64) for _ in range(3))
+    z.requires_grad_()
+    log_pi, log_old, log_start = (v.log_softmax(-1) for v in (z, old, start))
+    estimate = kl_estimate(
+        logp=log_pi,
+        reference_logp=log_start,
+        old_logp=log_old,
+        mask=torch.ones(VOCABULARY),
+        estimator=estimator,
+        unbiased_gradient=True,
+    )
+    (found,) = torch.autograd.grad((log_old.exp() * estimate).sum(), z, retain_graph=True)
+    (exact,) = torch.autograd.grad((log_pi.exp() * (log_pi - log_start)).sum(), z)
+    torch.testing.assert_close(found, exact)
+
+
+def test_kl_estimates_are_bounded():
+    far = {"old_logp": torch.zeros(2), "mask": torch.ones(2), "reference_logp": torch.tensor([0.0, -90.0])}
+    logp = torch.tensor([-90.0, 0.0], requires_grad=True)
+    for estimator in ("k1", "k2", "k3"):
+        value = kl_estimate(logp=logp, estimator=estimator, **far)
+        assert value.abs().max() <= 10 and torch.isfinite(torch.autograd.grad(value.sum(), logp)[0]).all()
 
 
 def test_the_twin_batch_reaches_every_clip():

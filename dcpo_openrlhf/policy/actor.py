@@ -1,5 +1,6 @@
 """The policy as Ray actors: OpenRLHF's BaseModelActor around a trainer; the group deals rows to data ranks."""
 
+import contextlib
 import math
 import os
 import time
@@ -20,6 +21,7 @@ install_flash_attn_stub()
 
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
+from dcpo_openrlhf.policy.reference import Reference  # noqa: E402
 from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
 from dcpo_openrlhf.policy.shared_prompts import deal  # noqa: E402
 
@@ -53,6 +55,7 @@ class PolicyActor(BaseModelActor):
             policy,
             optimizer=recipe.optimizer,
             loss=recipe.loss,
+            kl=recipe.kl,
             micro_batch_size=recipe.train.micro_batch_size,
             micro_batch_tokens=recipe.train.micro_batch_tokens,
             share_prompts=recipe.shares_prompts,
@@ -60,12 +63,17 @@ class PolicyActor(BaseModelActor):
         )
         self.step.stop_asked = (recipe.run.dir / STOP).exists
         self.mesh = self.step.mesh
+        self.reference = Reference(self._held()) if recipe.kl.coefficient else None
         self._updates: list[Rows] = []
         self.weight_sync: Any = None
         return self.mesh.data_rank
 
     def _build(self, recipe: Recipe) -> tuple[type, Any]:
         """PolicyStep or ZeroStep, and this rank's policy for it."""
+        raise NotImplementedError
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        """Every tensor of this rank's that a forward reads."""
         raise NotImplementedError
 
     def _shapes(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -93,9 +101,15 @@ class PolicyActor(BaseModelActor):
             port=recipe.weight_sync.port,
         )
 
-    def token_statistics(self, rows: Rows, temperatures: list[float]) -> dict[str, torch.Tensor] | None:
-        """Token statistics of this data rank's rows, and which these are; None from all but one rank of a replica."""
-        stats = self.step.token_statistics(rows, temperatures=temperatures)
+    def token_statistics(
+        self, rows: Rows, temperatures: list[float], reference: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """Token statistics of this data rank's rows, and which these are; None from all but one rank of a replica.
+
+        reference: those of the starting model.
+        """
+        with self.reference.in_place() if reference and self.reference else contextlib.nullcontext():
+            stats = self.step.token_statistics(rows, temperatures=temperatures)
         assert rows.index is not None
         return stats | {"index": rows.index} if self.mesh.is_data_leader else None
 
@@ -221,6 +235,9 @@ class MegatronActorBase(PolicyActor):
         )
         return PolicyStep, build_policy(model=recipe.model, parallel=recipe.parallel, train=recipe.train, mesh=mesh)
 
+    def _held(self) -> Iterator[torch.Tensor]:
+        return (weight for _, weight in self.step.policy.entries())
+
     def _shapes(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         from dcpo_openrlhf.policy.megatron.model import hf_shapes
 
@@ -259,6 +276,11 @@ class ZeroActorBase(PolicyActor):
         from dcpo_openrlhf.policy.deepspeed.step import ZeroStep
 
         return ZeroStep, build_policy(recipe)
+
+    def _held(self) -> Iterator[torch.Tensor]:
+        from dcpo_openrlhf.policy.deepspeed.model import held
+
+        return held(self.step.policy)
 
     def _shapes(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         from dcpo_openrlhf.policy.deepspeed.model import hf_shapes

@@ -16,7 +16,7 @@ from dcpo_openrlhf import objectives
 from dcpo_openrlhf.policy.packing import Packed
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.policy.token_stats import token_stats
-from dcpo_openrlhf.recipe.schema import Loss
+from dcpo_openrlhf.recipe.schema import KL, Loss
 
 ROUND = 8
 """Micro-batches of a forward pass, for each pipeline stage, after which ranks ask whether they are to stop."""
@@ -26,7 +26,7 @@ class Stopped(RuntimeError):
     """A forward pass was left between micro-batches, as the driver asked; the weights are as before."""
 
 
-SUMS = ("loss", "count", "clip_high", "clip_low", "kl", "entropy", "tokens")
+SUMS = ("loss", "count", "clip_high", "clip_low", "kl", "kl_reference", "entropy", "tokens")
 """What `policy_loss` adds up for `metrics`."""
 
 
@@ -67,6 +67,7 @@ def policy_loss(
     logits: Float[Tensor, "actions shard"],
     *,
     loss: Loss,
+    kl: KL,
     entropy_coefficient: float = 0.0,
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -94,12 +95,23 @@ def policy_loss(
         expected_temperature=rows.expected_temperature,
         overwrite_logits=True,  # nothing else reads them: their gradient takes their place
     )
+    old_logp, every = of_actions(rows.old_logp), torch.ones_like(stats.logp, dtype=torch.bool)
+    to_reference = None
+    if rows.reference_logp is not None:
+        to_reference = objectives.kl_estimate(
+            logp=stats.logp,
+            reference_logp=of_actions(rows.reference_logp),
+            old_logp=old_logp,
+            mask=every,
+            estimator=kl.estimator,
+            unbiased_gradient=kl.unbiased_gradient,
+        )
     terms = objectives.objective_terms(
         logp=stats.logp,
-        old_logp=of_actions(rows.old_logp),
+        old_logp=old_logp,
         advantages=tuple(of_actions(advantage) for advantage in rows.advantages),
         weight=of_actions(weight),
-        mask=torch.ones_like(stats.logp, dtype=torch.bool),
+        mask=every,
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
         dual_clip=loss.dual_clip,
@@ -107,6 +119,8 @@ def policy_loss(
         entropy_coefficient=entropy_coefficient,
         expected_logp=stats.expected_logp,
         expected_weight=expected_weight,
+        kl=to_reference,
+        kl_coefficient=kl.coefficient if kl.use_loss else 0.0,
     )
     count = objectives.loss_denominator(mask=rows.action_mask[packed.rows].bool(), aggregation=loss.aggregation)
     sums = {
@@ -115,6 +129,7 @@ def policy_loss(
         "clip_high": terms.clip_high_sum,
         "clip_low": terms.clip_low_sum,
         "kl": terms.kl_sum,
+        "kl_reference": torch.zeros(()) if to_reference is None else to_reference.detach().sum(),
         "entropy": stats.entropy.detach().sum(),
         "tokens": terms.token_count,
     }
@@ -137,11 +152,12 @@ def total(sums: list[dict[str, Tensor]]) -> Float[Tensor, "sums"]:
     return out
 
 
-def metrics(over_ranks: Float[Tensor, "sums"]) -> dict[str, float]:
-    """Metrics of the whole mini-batch from the SUMS of all its ranks."""
+def metrics(over_ranks: Float[Tensor, "sums"], *, reference: bool = False) -> dict[str, float]:
+    """Metrics of the whole mini-batch from the SUMS of all its ranks; with the KL to the starting model if there."""
     value = dict(zip(SUMS, over_ranks.tolist(), strict=True))
     tokens = max(value["tokens"], 1.0)
-    return {
+    to_reference = {"policy/kl_reference": value["kl_reference"] / tokens} if reference else {}
+    return to_reference | {
         "policy/loss": value["loss"] / max(value["count"], 1.0),
         "policy/clip_fraction_high": value["clip_high"] / tokens,
         "policy/clip_fraction_low": value["clip_low"] / tokens,

@@ -67,9 +67,10 @@ def stage_memory(s: Sizes, recipe: Recipe, stage: int) -> TrainerMemory:
     state = 12 if recipe.model.dtype == "bf16" else 8
     tokens = micro_batch_tokens(recipe) / p.context
     logits = min(tokens, action_positions(recipe) / p.context) if last else 0
+    held = 2 if recipe.kl.coefficient and recipe.run.device == "cpu" else 1  # the starting model, in host memory
     workspace = (table * element + STATS_BUFFERS[recipe.run.device]) * last + RESERVE[recipe.run.device]
     return TrainerMemory(
-        weights=element * (dense + experts),
+        weights=held * element * (dense + experts),
         gradients=4 * (dense + experts),
         optimizer=(1 - recipe.optimizer.cpu_offload) * state * (dense / dense_ranks + experts / expert_ranks),
         activations=tokens * activation_bytes(s, recipe, stage),
@@ -291,6 +292,15 @@ def _prompts_plan(recipe: Recipe) -> str:
     return f"prompts: computed again with every response ({why})"
 
 
+def _reference_plan(s: Sizes, recipe: Recipe) -> Iterator[str]:
+    if recipe.kl.coefficient:
+        copies = recipe.parallel.world_size if recipe.parallel.zero_stage == 2 else 1
+        if recipe.parallel.backend == "megatron":
+            copies = recipe.parallel.data * recipe.parallel.context
+        size = copies * s.parameters * BYTES[recipe.model.dtype] / GIB / recipe.parallel.nodes
+        yield f"starting model (kl.coefficient = {recipe.kl.coefficient:g}): {size:.2f} GiB of each node's host memory"
+
+
 def report(s: Sizes, recipe: Recipe) -> str:
     """Plan and memory as text of some twenty lines."""
     p, r, t, e = recipe.parallel, recipe.rollout, recipe.train, recipe.estimate
@@ -305,6 +315,7 @@ def report(s: Sizes, recipe: Recipe) -> str:
         lines += [
             _training_plan(s, recipe),
             _prompts_plan(recipe),
+            *_reference_plan(s, recipe),
             f"GiB per training device (estimate; {micro_batch_tokens(recipe)} tokens a micro-batch, recompute "
             f"{t.recompute}):",
             f"  {'stage':>6}" + "".join(f"{name:>13}" for name in (*TrainerMemory._fields, "total")),

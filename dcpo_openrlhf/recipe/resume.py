@@ -16,6 +16,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from dcpo_openrlhf.checkpoint import STATE, STEP_NAME, Checkpoint, damage, newest_whole
+from dcpo_openrlhf.recipe import weights
 from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
@@ -50,6 +51,7 @@ MAY_DIFFER = (
     "rollout.replay",
     "train.micro_batch_size",
     "train.micro_batch_tokens",
+    "train.share_prompts",
     "train.recompute",
     "weight_sync.",
     "evaluation.every",
@@ -72,11 +74,17 @@ def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
     found = _found(recipe, quick=quick)
     if found is None:
         return None
-    refused, tolerated = differences(found.state()["recipe"], recipe)
+    state = found.state()
+    refused, tolerated = differences(state["recipe"], recipe)
     if refused:
         raise RecipeError(
             f"{found.path} belongs to another recipe; set these back or start a new run.dir:\n"
             + "\n".join(f"    {line}" for line in refused)
+        )
+    if (saved := state.get("reference")) and saved != (now := starting_model(recipe)):
+        raise RecipeError(
+            f"{found.path} has a KL to the model that its run started from (fingerprint {saved}); {recipe.model.path} "
+            f"holds other weights ({now}): name that model's folder as model.path"
         )
     if found.step > recipe.train.steps:
         raise RecipeError(
@@ -88,6 +96,11 @@ def resume_point(recipe: Recipe, *, quick: bool = False) -> Checkpoint | None:
         for line in tolerated:
             logger.info("  differs from the checkpoint: %s", line)
     return found
+
+
+def starting_model(recipe: Recipe) -> str | None:
+    """What tells the weights of `model.path` from others, where the run has a KL to them; a resume compares it."""
+    return weights.fingerprint(recipe.model.path) if recipe.kl.coefficient else None
 
 
 def finished(recipe: Recipe) -> bool:

@@ -123,6 +123,17 @@ class Loss(Section):
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
 
+class KL(Section):
+    coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of KL(pi_theta || starting model); 0: none, and no copy of the starting weights (algo.kl.init_coef)."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of a sampled token, with d = log pi_theta - log pi_ref: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d."""
+    use_loss: bool = True
+    """In the loss. false: its sum over a response, by pi_old, is taken off the response's reward."""
+    unbiased_gradient: bool = False
+    """In the loss: the divergence's own gradient for every estimator. Else its formula's; k1's is 0 on average."""
+
+
 class Optimizer(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -336,6 +347,7 @@ class Recipe(Section):
     reward: Reward = Reward()
     method: Method = Method()
     loss: Loss = Loss()
+    kl: KL = KL()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     parallel: Parallel = Parallel()

@@ -268,6 +268,13 @@ def test_peak_where_responses_share_their_prompt(prompt: int, time: int, tmp_pat
     compare(path, 256, dtype="fp32", recompute="none", batch=16, time=time, prompt=prompt, group=4)
 
 
+def test_the_starting_model_is_counted_in_host_memory() -> None:
+    s, r = sizes("Qwen2.5-7B"), recipe("kl.coefficient=0.01")
+    assert memory.trainer_memory(s, r) == memory.trainer_memory(s, recipe()), "nothing of it is on the device"
+    each = r.parallel.data * 2 * s.parameters / GIB
+    assert f"starting model (kl.coefficient = 0.01): {each:.2f} GiB of each node's host memory" in memory.report(s, r)
+
+
 def test_a_shared_prompt_counts_once() -> None:
     sizes_of = "train.micro_batch_tokens=null", "train.micro_batch_size=16"
     shared, apart = (recipe(*sizes_of, f"train.share_prompts={share}") for share in ("true", "false"))

@@ -150,6 +150,15 @@ def hf_tensors(policy: ZeroPolicy) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
+def held(policy: ZeroPolicy) -> Iterator[Tensor]:
+    """What this rank keeps of every weight: its share in stage 3, and what stays whole there."""
+    for parameter in policy.engine.module.parameters():
+        if policy.stage == 3:
+            yield parameter.ds_tensor.data
+        if parameter.data.numel():
+            yield parameter.data
+
+
 @torch.no_grad()
 def scale_weights(policy: ZeroPolicy, factor: float) -> None:
     """Multiply every weight; a collective of all ranks."""

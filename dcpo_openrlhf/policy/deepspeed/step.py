@@ -13,7 +13,9 @@ from dcpo_openrlhf.policy import micro_batch
 from dcpo_openrlhf.policy.deepspeed.model import ZeroPolicy
 from dcpo_openrlhf.policy.packing import Packed, micro_batches
 from dcpo_openrlhf.policy.rows import Rows
-from dcpo_openrlhf.recipe.schema import Loss, Optimizer
+from dcpo_openrlhf.recipe.schema import KL, Loss, Optimizer
+
+NO_KL = KL()
 
 
 class ZeroStep:
@@ -25,6 +27,7 @@ class ZeroStep:
         *,
         optimizer: Optimizer,
         loss: Loss,
+        kl: KL = NO_KL,
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
         share_prompts: bool = False,
@@ -33,6 +36,7 @@ class ZeroStep:
         """share_prompts: not implemented, for its attention sees rows alone; Recipe.shares_prompts is False."""
         assert not share_prompts
         self.policy, self.engine, self.mesh, self.loss = policy, policy.engine, policy.mesh, loss
+        self.kl = kl
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.optimizer, self.total_updates = optimizer, total_updates
         self.updates = 0
@@ -82,7 +86,9 @@ class ZeroStep:
         it. Raises FloatingPointError when loss or gradient norm is not finite.
         """
         packs = self._micro_batches(rows)
-        loss_of = partial(micro_batch.policy_loss, rows, loss=self.loss, entropy_coefficient=entropy_coefficient)
+        loss_of = partial(
+            micro_batch.policy_loss, rows, loss=self.loss, kl=self.kl, entropy_coefficient=entropy_coefficient
+        )
         factor = self.mesh.world_size / self._global_count(rows)  # DeepSpeed takes the mean over ranks
         sums = []
         for packed in packs:
@@ -91,7 +97,7 @@ class ZeroStep:
             sums.append(micro_sums)
         over_ranks = micro_batch.total(sums).to(self.mesh.device)
         dist.all_reduce(over_ranks)
-        metrics = micro_batch.metrics(over_ranks)
+        metrics = micro_batch.metrics(over_ranks, reference=rows.reference_logp is not None)
         micro_batch.require_finite("loss", metrics["policy/loss"], "the weights are as before")
         rate = learning_rate(self.optimizer, self.updates, self.total_updates)
         for group in self.engine.optimizer.param_groups:

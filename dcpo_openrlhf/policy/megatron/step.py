@@ -21,7 +21,9 @@ from dcpo_openrlhf.policy.megatron.mesh import Mesh, tensor_group
 from dcpo_openrlhf.policy.megatron.model import Policy
 from dcpo_openrlhf.policy.packing import Layout, Packed, micro_batches
 from dcpo_openrlhf.policy.rows import Rows
-from dcpo_openrlhf.recipe.schema import Loss, Optimizer
+from dcpo_openrlhf.recipe.schema import KL, Loss, Optimizer
+
+NO_KL = KL()
 
 
 class PolicyStep:
@@ -33,12 +35,14 @@ class PolicyStep:
         *,
         optimizer: Optimizer,
         loss: Loss,
+        kl: KL = NO_KL,
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
         share_prompts: bool = True,
         total_updates: int,
     ) -> None:
         self.policy, self.mesh, self.loss = policy, policy.mesh, loss
+        self.kl = kl
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.layout = Layout(
             context_rank=self.mesh.context_rank,
@@ -143,7 +147,9 @@ class PolicyStep:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(self._packs(rows), partial(self._loss, rows, entropy_coefficient), forward_only=False)
-        metrics = micro_batch.metrics(_over_mesh(micro_batch.total(sums), self.mesh))
+        metrics = micro_batch.metrics(
+            _over_mesh(micro_batch.total(sums), self.mesh), reference=rows.reference_logp is not None
+        )
         learning_rate = self.optimizer.param_groups[0]["lr"]
         micro_batch.require_finite("loss", metrics["policy/loss"], "the weights are as before")
         result: Any = self.optimizer.step()
@@ -163,6 +169,7 @@ class PolicyStep:
             packed,
             logits,
             loss=self.loss,
+            kl=self.kl,
             entropy_coefficient=entropy_coefficient,
             tp_group=tensor_group(),
             vocab_size=self.policy.shape.vocab_size,

@@ -17,6 +17,7 @@ def make_recipe(path: Path, *, world_size: int, stage: int = 2, dtype: str = "fp
         # Adam's first step is nearly the sign of the gradient: a larger eps keeps rounding of tiny gradients small
         "optimizer": {"learning_rate": 1e-3, "eps": 1e-3},
         "train": {"micro_batch_size": 2},
+        "kl": {"coefficient": 0.3},
         "rollout": {"max_prompt_tokens": 8, "max_new_tokens": 16},  # random_rows has 24 tokens at most
     }
     return Recipe.model_validate(values | {name: values.get(name, {}) | more for name, more in sections.items()})
@@ -32,6 +33,7 @@ def make_step(recipe: Recipe, *, total_updates: int = 10) -> Any:
         build_policy(recipe),
         optimizer=recipe.optimizer,
         loss=recipe.loss,
+        kl=recipe.kl,
         micro_batch_size=recipe.train.micro_batch_size,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         total_updates=total_updates,

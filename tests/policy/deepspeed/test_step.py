@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcpo_openrlhf.policy.reference import Reference
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Optimizer
 from tests.bounds import HANG_S
@@ -72,7 +73,7 @@ def _zero(rank: int, world_size: int, models: dict[str, Path], names: list[str])
     """{run: what `_megatron` gives, statistics of this rank's rows alone}."""
     from deepspeed.utils import safe_get_full_grad
 
-    from dcpo_openrlhf.policy.deepspeed.model import hf_tensors
+    from dcpo_openrlhf.policy.deepspeed.model import held, hf_tensors
 
     results = {}
     for name in names:
@@ -82,6 +83,7 @@ def _zero(rank: int, world_size: int, models: dict[str, Path], names: list[str])
             step._agree_on_count = lambda count: count + 1
         part = rows().part(step.mesh.data_rank, step.mesh.data_size)
         stats = step.token_statistics(part, temperatures=TEMPERATURES)
+        reference = Reference(held(step.policy))
         gradients: dict[str, Tensor] = {}
 
         def keep(
@@ -99,6 +101,11 @@ def _zero(rank: int, world_size: int, models: dict[str, Path], names: list[str])
             for seed in (0, 1)
         ]
         weights = {key: value.clone() for key, value in hf_tensors(step.policy)}
+        with reference.in_place():
+            started = step.token_statistics(part, temperatures=TEMPERATURES)
+        after = {key: value.clone() for key, value in hf_tensors(step.policy)}
+        assert all(torch.equal(started[key], stats[key]) for key in stats), "the starting model in the policy's place"
+        assert all(torch.equal(after[key], weights[key]) for key in weights)
         results[name] = (part.index, stats), gradients, metrics, weights
     return results
 

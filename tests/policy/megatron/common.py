@@ -11,7 +11,7 @@ from dcpo_openrlhf.policy.megatron.mesh import init_mesh
 from dcpo_openrlhf.policy.megatron.model import Policy, build_policy
 from dcpo_openrlhf.policy.megatron.step import PolicyStep
 from dcpo_openrlhf.policy.rows import Rows
-from dcpo_openrlhf.recipe.schema import Loss, Model, Optimizer, Parallel, Train
+from dcpo_openrlhf.recipe.schema import KL, Loss, Model, Optimizer, Parallel, Train
 from tests.distributed import renew_process_group
 
 
@@ -53,6 +53,7 @@ def make_step(
         # Adam's first step is nearly the sign of the gradient: a larger eps keeps rounding of tiny gradients small
         optimizer=Optimizer(learning_rate=learning_rate, eps=1e-3, cpu_offload=cpu_offload),
         loss=Loss(**loss),
+        kl=KL(coefficient=0.3),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
         share_prompts=share_prompts,
@@ -72,7 +73,8 @@ def random_rows(*, batch: int = 8, longest: int = 24, vocab_size: int = 256, see
     sequences = torch.randint(0, vocab_size, (batch, longest), generator=g) * attention
     advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
     old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
-    return Rows(sequences, attention, actions, old_logp, (advantage,))
+    starting = old_logp + 0.3 * torch.randn(actions.shape, generator=g)
+    return Rows(sequences, attention, actions, old_logp, (advantage,), starting)
 
 
 def grouped_rows(
@@ -96,4 +98,5 @@ def grouped_rows(
     sequences = sequences * attention
     advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
     old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
-    return Rows(sequences, attention, actions, old_logp, (advantage,))
+    starting = old_logp + 0.3 * torch.randn(actions.shape, generator=g)
+    return Rows(sequences, attention, actions, old_logp, (advantage,), starting)
