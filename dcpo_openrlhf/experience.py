@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcpo_openrlhf import methods, objectives
 from dcpo_openrlhf.controller import ControllerDecision, EntropyController
+from dcpo_openrlhf.divergences import correction_weight, kl_estimate
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 from dcpo_openrlhf.rollout.checks import require_possible_statistics
 
@@ -34,6 +35,10 @@ class DCPOExperience(Experience):
     """log pi_old^T of the sampled tokens for each T of `DCPOExperienceMaker.temperatures`."""
     target_ratio: Float[Tensor, "batch time-1"] = tensor_field("step", default=None)  # noqa: RUF009
     """rho_{i,t} at the temperature that the controller chose; 1 outside the action mask."""
+    correction: Float[Tensor, "batch time-1"] = tensor_field("step", default=None)  # noqa: RUF009
+    """pi_old / mu of the sampled tokens, masked or clipped; None where the recipe corrects nothing."""
+    outside: Bool[Tensor, "batch time-1"] = tensor_field("step", default=None)  # noqa: RUF009
+    """The tokens that were masked or clipped."""
     advantage_terms: tuple[Float[Tensor, "batch time-1"], ...] = ()
     """Advantages whose clipped surrogates are summed."""
 
@@ -66,6 +71,7 @@ class DCPOExperience(Experience):
             entropy_coefficient=self.entropy_coefficient,
             expected_weight=self.expected_weight,
             expected_temperature=self.expected_temperature,
+            correction=self.correction,
             reference_logp=self.base_action_log_probs,
         )
         if self.tempered is None:
@@ -145,7 +151,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         kl = self.recipe.kl
         if kl.use_loss or not kl.coefficient:
             return 0.0
-        estimate = objectives.kl_estimate(
+        estimate = kl_estimate(
             logp=e.action_log_probs,
             reference_logp=e.base_action_log_probs,
             old_logp=e.action_log_probs,
@@ -220,6 +226,13 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             entropy_adv_kappa=m.entropy_adv_kappa,
         )
         e.advantages = e.advantage_terms[0]
+        if (c := self.recipe.correction).level != "off":
+            e.correction, e.outside = correction_weight(
+                old_logp=tempered_logp if tempered else e.action_log_probs,
+                sampler_logp=e.rollout_log_probs,
+                mask=e.mask,
+                **c.model_dump(),
+            )
         e.entropy_coefficient = m.entropy_coefficient if self.method.entropy_gradient else 0.0
         e.expected_weight = methods.expected_weight(self.method, success=rewards, alpha=alpha, mixing=m.mixing)
         e.expected_temperature = self.decision.temperature if self.method.expected_regulariser else None

@@ -16,7 +16,6 @@ from torch import Tensor
 
 Mixing = Literal["convex", "additive"]
 Aggregation = Literal["sequence_mean", "token_mean"]
-KLEstimator = Literal["k1", "k2", "k3"]
 
 type Number = float | int  # at run time, beartype does not let an int pass for a float
 # True or nonzero on the tokens that count; OpenRLHF's action masks come as bool, int or float.
@@ -88,50 +87,6 @@ def mixed_advantage(
     """
     advantage_weight, regulariser_weight = mixing_weights(alpha=alpha, mixing=mixing)
     return advantage_weight * group_advantage[:, None] + regulariser_weight * target_ratio * success[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# KL to the starting model
-# ---------------------------------------------------------------------------------------------------------------------
-
-KL_BOUND = 10.0
-"""Of the estimate of a token [nats] and, where the gradient is the unbiased one, of its weight; OpenRLHF's."""
-
-
-def kl_estimate(
-    *,
-    logp: Float[Tensor, "*shape"],
-    reference_logp: Float[Tensor, "*shape"],
-    old_logp: Float[Tensor, "*shape"],
-    mask: AnyMask,
-    estimator: KLEstimator,
-    unbiased_gradient: bool = False,
-) -> Float[Tensor, "*shape"]:
-    """KL(pi_theta || pi_ref) estimated at each sampled token [nats], within +-KL_BOUND; 0 outside the mask.
-
-    With d = logp - reference_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. Each has its own formula's gradient,
-    which for k1 is 0 on average; unbiased_gradient gives all of them that of the divergence, w d grad log pi with
-    w = pi_theta / pi_old. Source: Schulman 2020, http://joschu.net/blog/kl-approx.html; OpenRLHF 0.11.2.
-    """
-    inside = mask.bool()
-    d = (logp - reference_logp).masked_fill(~inside, 0.0)
-    if estimator == "k1":
-        value = d
-    elif estimator == "k2":
-        value = d.square() / 2
-    elif estimator == "k3":
-        bounded = d.clamp(min=-KL_BOUND)  # k3 is above the bound there, and exp would overflow
-        value = (-bounded).exp() - 1 + bounded
-    else:
-        raise ValueError(
-            f"estimator must be one of {list(get_args(KLEstimator))}, got {estimator!r}; choose one of them"
-        )
-    value = value.clamp(-KL_BOUND, KL_BOUND)
-    if not unbiased_gradient:
-        return value
-    weight = (logp - old_logp).masked_fill(~inside, 0.0).exp().clamp(max=KL_BOUND).detach()
-    slope = weight * d.square() / 2
-    return value.detach() + slope - slope.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

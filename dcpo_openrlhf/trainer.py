@@ -19,7 +19,7 @@ from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
-from dcpo_openrlhf.monitor.statistics import batch_metrics
+from dcpo_openrlhf.monitor.statistics import batch_metrics, correction_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.resume import REPORT, starting_model, what_is_kept
 from dcpo_openrlhf.recipe.schema import Recipe
@@ -267,6 +267,7 @@ class DCPOTrainer(BasePPOTrainer):
             {
                 "train/step": step,
                 **found,
+                **correction_metrics(experiences),
                 "entropy/target": m.target_entropy,
                 "dcpo/temperature": decision.temperature,
                 "dcpo/alpha": alpha,

@@ -196,7 +196,7 @@ def test_a_run_with_a_kl_goes_on_with_the_model_that_it_started_from(tmp_path: P
     folder.finish()
     assert resume_point(recipe) is not None
     (model / "model.safetensors").write_bytes(bytes(10**7 - 1) + b"1")
-    with pytest.raises(RecipeError, match="the model that its run started from .* holds other weights"):
+    with pytest.raises(RecipeError, match=r"the model that its run started from .* holds other weights"):
         resume_point(recipe)
     assert starting_model(make_recipe(tmp_path, model={"path": str(model)})) is None, "nothing is read without a KL"
 

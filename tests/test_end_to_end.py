@@ -117,7 +117,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
-    run = Run(tmp_path_factory.mktemp("runs") / "first", model, "kl.coefficient=0.01", "kl.estimator=k2")
+    run = Run(
+        tmp_path_factory.mktemp("runs") / "first",
+        model,
+        "kl.coefficient=0.01",
+        "kl.estimator=k2",
+        "correction.level=token",
+    )
     assert run.wait() == 0, run.log.read_text()[-5000:]
     return run
 
@@ -130,6 +136,7 @@ def test_run_folder_holds_metrics_samples_and_report(finished: Run) -> None:
         assert m["entropy/target"] == 3.0
         assert m["mismatch/prob_diff_mean"] < 1e-4  # fp32 on both sides: the engine has the trainer's weights
         assert m["policy/grad_norm"] > 0 and 0 < m["rollout/reward_mean"] < 1
+        assert m["correction/outside"] == 0 and m["correction/ess"] == pytest.approx(1, abs=1e-5)  # one policy, in fp32
         assert m["policy/kl_reference"] > 1e-4, "two updates a step: the second one is away from the starting model"
     assert [m["weights/version"] for m in metrics] == [2, 3]  # version 1 is the sync before the first rollout
     report = (finished.folder / "report.md").read_text()

@@ -39,13 +39,16 @@ class FakeGroup:
         return refs
 
 
-def make_maker(*, kl: dict[str, Any] | None = None, **method: Any) -> DCPOExperienceMaker:
+def make_maker(
+    *, kl: dict[str, Any] | None = None, correction: dict[str, Any] | None = None, **method: Any
+) -> DCPOExperienceMaker:
     recipe = Recipe.model_validate(
         {
             "model": {"path": "unused"},
             "task": {"kind": "arithmetic"},
             "method": {"target_entropy": 5.0, "alpha_max": 1.0, **method},
             "kl": kl or {},
+            "correction": correction or {},
             "train": {"prompts_per_step": 4, "prompts_per_update": 2, "group_size": 2, "steps": 1},
             "parallel": {"devices_per_node": 1},
         }
@@ -139,6 +142,28 @@ def test_kl_to_the_starting_model_costs_a_forward_of_it_and_goes_to_the_loss_or_
             reward = reward - 0.5 * (first.action_log_probs - starting).sum(1)
         expected = objectives.group_advantage(reward=reward, group_size=2)[:, None] * first.mask
         torch.testing.assert_close(first.advantages * first.mask, expected)
+
+
+def test_correction_weighs_tokens_by_trainer_over_engine_and_tells_how_many_were_outside() -> None:
+    maker = make_maker(correction={"level": "token", "mode": "clip", "low": 0.9, "high": 1.1})
+    for e in maker.make_experience_batch(samples(REWARDS)):
+        expected = (e.action_log_probs - e.rollout_log_probs).exp().clamp(0.9, 1.1)
+        assert e.rows().correction is not None
+        torch.testing.assert_close(e.rows().correction[e.mask], expected[e.mask])
+        assert torch.equal(e.outside & e.mask, e.outside)
+    (plain, _) = make_maker().make_experience_batch(samples(REWARDS))
+    assert plain.rows().correction is None
+
+
+def test_tempered_rows_are_corrected_by_the_tempered_policy_that_drew_them() -> None:
+    maker = make_maker(name="j4", correction={"level": "token", "low": 0.0, "high": 100.0})
+    maker.resample = lambda temperature, prompts: samples(REWARDS)
+    for e in maker.make_experience_batch(samples(REWARDS)):
+        assert e.tempered is not None and maker.decision is not None
+        drawn = e.tempered.action_log_probs / maker.decision.temperature  # FakeGroup's log pi^T
+        expected = (drawn - e.tempered.rollout_log_probs).exp()
+        torch.testing.assert_close(e.tempered.correction[e.tempered.mask], expected[e.tempered.mask])
+        assert len(e.rows().correction) == 2 * len(e.sequences)
 
 
 def test_entropy_reg_and_dcpo_expected_hand_their_terms_to_the_loss() -> None:

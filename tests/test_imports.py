@@ -30,13 +30,14 @@ LEVELS = (
     ("recipe",),
     ("checkpoint", "signals", "local_ray"),
     ("errors",),
-    ("methods",),
+    ("methods", "divergences"),
     ("objectives", "controller"),
 )
 """From the entry down to the maths. A module imports from its own room or from a level below, never from beside it."""
 MATHS = (
     "objectives",
     "methods",
+    "divergences",
     "controller",
     "policy.token_stats",
     "policy.rows",

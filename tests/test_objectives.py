@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcpo_openrlhf.divergences import correction_weight, kl_estimate
 from dcpo_openrlhf.methods import METHODS, Method, aepo_rows, expected_weight, method_advantage
 from dcpo_openrlhf.objectives import (
     clipped_surrogate,
     group_advantage,
-    kl_estimate,
     loss_denominator,
     mixed_advantage,
     mixing_weights,
@@ -194,6 +194,113 @@ def test_the_unbiased_gradient_is_that_of_the_divergence(estimator):
     (found,) = torch.autograd.grad((log_old.exp() * estimate).sum(), z, retain_graph=True)
     (exact,) = torch.autograd.grad((log_pi.exp() * (log_pi - log_start)).sum(), z)
     torch.testing.assert_close(found, exact)
+
+
+def correction(log_ratio, mask=None, **options):
+    old = torch.log(torch.tensor([[0.2, 0.5, 0.9, 0.3]], dtype=torch.float64))
+    mask = torch.ones(1, 4) if mask is None else mask
+    sampler = old - torch.tensor([log_ratio], dtype=torch.float64)
+    defaults = {"level": "token", "mode": "mask", "gating": "ratio", "low": 0.5, "high": 2.0}
+    return correction_weight(old_logp=old, sampler_logp=sampler, mask=mask, **{**defaults, **options})
+
+
+def test_correction_masks_or_clips_tokens_by_their_ratio():
+    logs = [math.log(x) for x in (0.4, 0.6, 1.5, 3.0)]
+    weight, outside = correction(logs)
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 0.6, 1.5, 0.0]], dtype=torch.float64))
+    assert outside.tolist() == [[True, False, False, True]]
+    weight, outside = correction(logs, mode="clip")
+    torch.testing.assert_close(weight, torch.tensor([[0.5, 0.6, 1.5, 2.0]], dtype=torch.float64))
+    weight, outside = correction([*logs[:3], math.nan], mask=torch.tensor([[1, 1, 1, 0]]))
+    assert weight[0, 3] == 1 and not outside[0, 3], "padding may hold anything"
+
+
+def test_correction_by_sequence_keeps_or_drops_whole_responses():
+    kept, outside = correction([math.log(x) for x in (0.4, 3.0, 1.0, 1.0)], level="sequence")
+    assert not outside.any()  # geometric mean (0.4 * 3) ** (1/4)
+    torch.testing.assert_close(kept, torch.tensor([[0.4, 3.0, 1.0, 1.0]], dtype=torch.float64))
+    dropped, outside = correction([math.log(3.0)] * 4, level="sequence")
+    assert outside.all() and not dropped.any()
+
+
+@pytest.mark.parametrize("gating", ["binary_kl", "tv"])
+def test_correction_by_divergence_is_bounded_above(gating):
+    ratios = (0.999, 0.7, 1.0, 0.5)
+    old = [0.2, 0.5, 0.9, 0.3]
+    mu = [q / r for q, r in zip(old, ratios, strict=True)]
+    twin = {
+        "tv": [abs(p - q) for p, q in zip(mu, old, strict=True)],
+        "binary_kl": [
+            p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)) for p, q in zip(mu, old, strict=True)
+        ],
+    }[gating]
+    bound = sorted(twin)[2] - 1e-9
+    weight, outside = correction([math.log(r) for r in ratios], gating=gating, low=0.0, high=bound)
+    assert outside.tolist() == [[v > bound for v in twin]] and int(outside.sum()) == 2
+    expected = [0.0 if v > bound else r for v, r in zip(twin, ratios, strict=True)]
+    torch.testing.assert_close(weight, torch.tensor([expected], dtype=torch.float64))
+    with pytest.raises(ValueError, match="clamps the ratio of a token"):
+        correction([0.0] * 4, gating=gating, mode="clip")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_corrected_samples_of_another_policy_give_the_gradient_of_pi_old(name):
+    """By enumeration of the one token that was drawn: E_mu[w gradient] = E_pi_old[gradient], E_mu[w rho f] = E_T[f]."""
+    method, s = METHODS[name], reference.Settings()
+    tempered = method.samples == "policy+tempered"
+    g = torch.Generator().manual_seed(2)
+    old, new, mu = (torch.randn(VOCABULARY, generator=g, dtype=torch.float64) for _ in range(3))
+    rows = []
+    for drawn_hot in (False, True) if tempered else (False,):
+        batch = make_batch()
+        batch.tokens = [[a] for a in range(VOCABULARY)]
+        batch.logits, batch.old_logits = [[new.tolist()]] * VOCABULARY, [[old.tolist()]] * VOCABULARY
+        batch.mask, batch.reward = [[1.0]] * VOCABULARY, [float(a % 2) for a in range(VOCABULARY)]
+        batch.tempered = [drawn_hot] * VOCABULARY
+        rows.append(tensors_of(batch))
+    for x in rows:
+        hot = bool(x.tempered_rows[0])
+        drawn_from = (old / 1.2 if hot else old).log_softmax(-1)  # pi_old, or pi_old^T
+        (advantage,) = method_advantage(
+            method,
+            group_advantage=torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64) * (not hot),
+            success=x.reward,
+            target_ratio=x.rho,
+            entropy=x.old_entropy,
+            alpha=s.alpha,
+            mixing=s.mixing,
+            tempered_rows=x.tempered_rows,
+            entropy_adv_beta=s.beta,
+            entropy_adv_kappa=s.kappa,
+        )[:1]
+        weight, _ = correction_weight(
+            old_logp=drawn_from[:, None],
+            sampler_logp=mu.log_softmax(-1)[:, None],
+            mask=x.mask,
+            level="token",
+            mode="mask",
+            gating="ratio",
+            low=0.0,
+            high=1e9,
+        )
+
+        def gradient(probability, x=x, advantage=advantage):
+            terms = objective_terms(
+                logp=x.logp,
+                old_logp=x.old_logp,
+                advantages=[advantage],
+                weight=probability[:, None],
+                mask=x.mask,
+                **CLIP,
+            )
+            return torch.autograd.grad(terms.loss_sum, x.logits, retain_graph=True)[0].sum(0)
+
+        corrected, exact = gradient(mu.softmax(-1) * weight[:, 0]), gradient(drawn_from.exp())
+        torch.testing.assert_close(corrected, exact)
+        assert not torch.allclose(gradient(mu.softmax(-1)), exact, rtol=1e-3), "uncorrected it is another gradient"
+    f, rho = torch.rand(VOCABULARY, generator=g, dtype=torch.float64), (old / 1.2).softmax(-1) / old.softmax(-1)
+    w = old.softmax(-1) / mu.softmax(-1)
+    torch.testing.assert_close((mu.softmax(-1) * w * rho * f).sum(), ((old / 1.2).softmax(-1) * f).sum())
 
 
 def test_kl_estimates_are_bounded():

@@ -215,3 +215,17 @@ def _entropy_profile(
 
 
 # --- over steps ------------------------------------------------------------------------------------------------------
+
+
+def correction_metrics(experiences: Sequence[DCPOExperience]) -> dict[str, float]:
+    """correction/* of one step's tokens, those drawn from pi_old^T included; nothing where none are corrected."""
+    trained = [e for own in experiences for e in (own, own.tempered) if e is not None and e.correction is not None]
+    if not trained:
+        return {}
+    weight = torch.cat([e.correction[e.mask].double() for e in trained])
+    outside = torch.cat([e.outside[e.mask] for e in trained])
+    return {
+        "correction/outside": float(outside.double().mean()),
+        "correction/weight_mean": float(weight.mean()),
+        "correction/ess": float(weight.sum() ** 2 / (len(weight) * weight.square().sum()).clamp(min=1e-300)),
+    }

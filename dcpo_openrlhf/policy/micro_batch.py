@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dcpo_openrlhf import objectives
+from dcpo_openrlhf.divergences import kl_estimate
 from dcpo_openrlhf.policy.packing import Packed
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.policy.token_stats import token_stats
@@ -79,9 +80,6 @@ def policy_loss(
     def of_actions(values: Tensor) -> Tensor:
         return values.flatten(0, 1)[packed.actions].to(device)
 
-    weight = objectives.token_weight(mask=rows.action_mask.bool(), aggregation=loss.aggregation)
-    if rows.scale is not None:
-        weight = weight * rows.scale[:, None]
     expected_weight = None
     if rows.expected_weight is not None:
         expected_weight = of_actions(rows.expected_weight[:, None].expand_as(rows.action_mask))
@@ -95,22 +93,15 @@ def policy_loss(
         expected_temperature=rows.expected_temperature,
         overwrite_logits=True,  # nothing else reads them: their gradient takes their place
     )
-    old_logp, every = of_actions(rows.old_logp), torch.ones_like(stats.logp, dtype=torch.bool)
-    to_reference = None
+    old_logp, to_reference = of_actions(rows.old_logp), None
+    every = torch.ones_like(stats.logp, dtype=torch.bool)
     if rows.reference_logp is not None:
-        to_reference = objectives.kl_estimate(
-            logp=stats.logp,
-            reference_logp=of_actions(rows.reference_logp),
-            old_logp=old_logp,
-            mask=every,
-            estimator=kl.estimator,
-            unbiased_gradient=kl.unbiased_gradient,
-        )
+        to_reference = _to_reference(stats.logp, of_actions(rows.reference_logp), old_logp, every, kl)
     terms = objectives.objective_terms(
         logp=stats.logp,
         old_logp=old_logp,
         advantages=tuple(of_actions(advantage) for advantage in rows.advantages),
-        weight=of_actions(weight),
+        weight=of_actions(_token_weight(rows, loss)),
         mask=every,
         clip_low=loss.clip_low,
         clip_high=loss.clip_high,
@@ -134,6 +125,24 @@ def policy_loss(
         "tokens": terms.token_count,
     }
     return terms.loss_sum, count.int().to(device), {k: v.double().cpu() for k, v in sums.items()}
+
+
+def _to_reference(logp: Tensor, reference_logp: Tensor, old_logp: Tensor, mask: Tensor, kl: KL) -> Tensor:
+    return kl_estimate(
+        logp=logp,
+        reference_logp=reference_logp,
+        old_logp=old_logp,
+        mask=mask,
+        estimator=kl.estimator,
+        unbiased_gradient=kl.unbiased_gradient,
+    )
+
+
+def _token_weight(rows: Rows, loss: Loss) -> Float[Tensor, "batch time-1"]:
+    weight = objectives.token_weight(mask=rows.action_mask.bool(), aggregation=loss.aggregation)
+    if rows.scale is not None:
+        weight = weight * rows.scale[:, None]
+    return weight if rows.correction is None else weight * rows.correction
 
 
 def require_going_on(asked: bool, device: torch.device) -> None:

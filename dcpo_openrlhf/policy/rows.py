@@ -18,6 +18,8 @@ class Rows:
     old_logp: Float[Tensor, "batch time-1"] | None = None
     advantages: tuple[Float[Tensor, "batch time-1"], ...] = ()
     """The clipped surrogates of these are summed; one for most methods."""
+    correction: Float[Tensor, "batch time-1"] | None = None
+    """Factor of each token's weight in the average; None: 1."""
     reference_logp: Float[Tensor, "batch time-1"] | None = None
     """log pi_ref of the starting model; None: no KL to it."""
     scale: Float[Tensor, " batch"] | None = None

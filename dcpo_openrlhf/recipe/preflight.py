@@ -90,6 +90,11 @@ def hints(recipe: Recipe) -> list[str]:
             "slower than fp32 here; leave model.dtype at auto, which takes fp32, or run where AVX512-BF16 or AMX is"
         )
     said += _slow_rollouts(recipe)
+    if recipe.rollout.top_p < 1 and recipe.correction.level == "off" and not recipe.train.rollout_only:
+        said.append(
+            f"rollout.top_p = {recipe.rollout.top_p:g}: tokens outside it are never drawn, those inside too often: "
+            "the policy ratio, rho and the sampled entropy are biased; set 1, or correction.level=token"
+        )
     if recipe.parallel.nodes > 1:
         folders = [recipe.run.dir, recipe.model.path, *([recipe.task.train] if recipe.task.train else [])]
         local = [f"{folder} ({kind})" for folder in folders if (kind := _file_system(folder)) in LOCAL_FILE_SYSTEMS]

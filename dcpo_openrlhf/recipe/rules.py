@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 def rules(r: "Recipe") -> list[tuple[bool, str]]:
     """(does the rule hold, what to say if not) for each rule between fields."""
-    return [*_step_rules(r), *_mesh_rules(r), *_device_rules(r), *_backend_rules(r)]
+    return [*_step_rules(r), *_correction_rules(r), *_mesh_rules(r), *_device_rules(r), *_backend_rules(r)]
 
 
 def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
@@ -39,10 +39,10 @@ def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
             "use samples = 1 or a temperature above 0",
         ),
         (
-            r.rollout.temperature == 1 or t.rollout_only,
+            r.rollout.temperature == 1 or t.rollout_only or r.correction.level != "off",
             f"rollout.temperature = {r.rollout.temperature} must be 1 to train: rho, the policy ratio and the "
-            "entropy are those of the policy at T = 1, and samples of another T are not drawn from it; set 1, or "
-            "train.rollout_only=true to generate alone",
+            "entropy are those of the policy at T = 1, and samples of another T are not drawn from it; set 1, "
+            "correction.level=token, which weighs them, or train.rollout_only=true to generate alone",
         ),
         (
             r.rollout.replay is None or not (t.rollout_only or r.rollout.record),
@@ -67,6 +67,26 @@ def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
             r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
             f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; "
             "use linear or cosine, or leave it at 0",
+        ),
+    ]
+
+
+def _correction_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    c, off = r.correction, r.correction.level == "off"
+    return [
+        (
+            off or c.low < c.high,
+            f"correction.low = {c.low:g} must be below correction.high = {c.high:g}; change one of them",
+        ),
+        (
+            off or c.mode == "mask" or (c.level == "token" and c.gating == "ratio"),
+            f"correction.mode = clip clamps the ratio of a token, not correction.level = {c.level} with "
+            f"correction.gating = {c.gating}; use mode=mask, or level=token and gating=ratio",
+        ),
+        (
+            off or c.gating == "ratio" or c.low == 0,
+            f"correction.gating = {c.gating} is bounded above alone, got correction.low = {c.low:g}; set low=0 and "
+            "high to the largest divergence",
         ),
     ]
 

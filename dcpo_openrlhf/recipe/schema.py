@@ -123,6 +123,23 @@ class Loss(Section):
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+class Correction(Section):
+    level: Annotated[Literal["off", "token", "sequence"], BeforeValidator(_off)] = "off"
+    """Weight every token by pi_old / mu, mu the engine's own probability of it; what the gate reads: a token, or the
+    mean over its response. off: none, as in the paper (OpenRLHF's is_correction_level)."""
+    mode: Literal["mask", "clip"] = "mask"
+    """Outside [low, high]: no weight at all, or (token and ratio alone) the bound as weight."""
+    gating: Literal["ratio", "binary_kl", "tv"] = "ratio"
+    """What the gate reads: pi_old / mu, or the divergence of the two at the sampled token, bounded above alone."""
+    low: Annotated[float, Field(ge=0)] = 0.5
+    high: Annotated[float, Field(gt=0)] = 5.0
+
+
 class KL(Section):
     coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of KL(pi_theta || starting model); 0: none, and no copy of the starting weights (algo.kl.init_coef)."""
@@ -347,6 +364,7 @@ class Recipe(Section):
     reward: Reward = Reward()
     method: Method = Method()
     loss: Loss = Loss()
+    correction: Correction = Correction()
     kl: KL = KL()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()

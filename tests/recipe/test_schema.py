@@ -273,8 +273,20 @@ RULES = [
         [
             "rollout.temperature = 0.6 must be 1 to train",
             "are those of the policy at T = 1",
-            "set 1, or train.rollout_o",
+            "set 1, correction.level=token, which weighs them, or train.rollout_o",
         ],
+    ),
+    (
+        ["correction.level=token", "correction.low=3", "correction.high=2"],
+        ["correction.low = 3 must be below correction.high = 2", "change one of them"],
+    ),
+    (
+        ["correction.level=sequence", "correction.mode=clip"],
+        ["correction.mode = clip clamps the ratio of a token, not correction.level = sequence", "use mode=mask"],
+    ),
+    (
+        ["correction.level=token", "correction.gating=tv"],
+        ["correction.gating = tv is bounded above alone, got correction.low = 0.5", "set low=0"],
     ),
     (
         ["rollout.replay=runs/a", "rollout.record=true"],

@@ -74,7 +74,10 @@ def random_rows(*, batch: int = 8, longest: int = 24, vocab_size: int = 256, see
     advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
     old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
     starting = old_logp + 0.3 * torch.randn(actions.shape, generator=g)
-    return Rows(sequences, attention, actions, old_logp, (advantage,), starting)
+    correction = (
+        torch.rand(actions.shape, generator=g).mul(2).masked_fill(torch.rand(actions.shape, generator=g) < 0.1, 0)
+    )
+    return Rows(sequences, attention, actions, old_logp, (advantage,), correction=correction, reference_logp=starting)
 
 
 def grouped_rows(
@@ -99,4 +102,7 @@ def grouped_rows(
     advantage = torch.randn(batch, 1, generator=g).expand(batch, longest - 1) * actions
     old_logp = torch.full(actions.shape, -5.0) + 0.3 * torch.randn(actions.shape, generator=g)
     starting = old_logp + 0.3 * torch.randn(actions.shape, generator=g)
-    return Rows(sequences, attention, actions, old_logp, (advantage,), starting)
+    correction = (
+        torch.rand(actions.shape, generator=g).mul(2).masked_fill(torch.rand(actions.shape, generator=g) < 0.1, 0)
+    )
+    return Rows(sequences, attention, actions, old_logp, (advantage,), correction=correction, reference_logp=starting)
