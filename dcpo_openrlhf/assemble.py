@@ -1,14 +1,17 @@
 """The trainer's parts, from the recipe: the one place below the entry where sections become arguments."""
 
+import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dcpo_openrlhf.controller import EntropyController
 from dcpo_openrlhf.methods import METHODS
+from dcpo_openrlhf.monitor.cost import Cost
 from dcpo_openrlhf.monitor.sinks import MetricsLog
 from dcpo_openrlhf.monitor.trends import Monitor
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.chat import stop_tokens
 from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
@@ -51,6 +54,19 @@ def make_controller(recipe: Recipe) -> EntropyController:
 def make_monitor(recipe: Recipe) -> Monitor:
     m = recipe.method
     return Monitor(recipe.monitor, method=METHODS[m.name], target_entropy=m.target_entropy, settings=recipe.settings)
+
+
+def make_cost(recipe: Recipe, peak_flops: float | None) -> Cost:
+    """peak_flops: of a training device, if known."""
+    config = recipe.model.path / "config.json"
+    return Cost(
+        sizes=Sizes.of(json.loads(config.read_text())) if config.is_file() else None,
+        peak_flops=peak_flops,
+        training_devices=recipe.parallel.world_size,
+        engine_devices=recipe.rollout.engines * recipe.rollout.tensor_parallel,
+        group_size=recipe.train.group_size,
+        share_prompts=recipe.shares_prompts,
+    )
 
 
 def make_log(recipe: Recipe, *, done: int = 0) -> MetricsLog:

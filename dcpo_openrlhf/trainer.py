@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dcpo_openrlhf import signals
-from dcpo_openrlhf.assemble import make_controller, make_generator, make_log, make_monitor
+from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.monitor.causes import MonitorStop
@@ -59,6 +59,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.generator = make_generator(strategy, engines, tokenizer)
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
         self.weights_version, self.starting_model = 0, starting_model(recipe)
+        self.cost = make_cost(recipe, ray.get(actor_group.async_run_method("peak_flops"))[0])
         c = recipe.checkpoint
         self.checkpoints = CheckpointFolder(
             recipe.run.dir / "checkpoints",
@@ -268,6 +269,7 @@ class DCPOTrainer(BasePPOTrainer):
                 "train/step": step,
                 **found,
                 **correction_metrics(experiences),
+                **self.cost.metrics(experiences, status),
                 "entropy/target": m.target_entropy,
                 "dcpo/temperature": decision.temperature,
                 "dcpo/alpha": alpha,

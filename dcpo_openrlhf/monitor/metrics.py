@@ -64,6 +64,13 @@ METRICS: dict[str, str] = {
     "monitor/window": "steps behind the trends, at most monitor.window",
     "monitor/reward_change": "rise of the line through rollout/reward_mean over the window",
     "monitor/form_change": "rise of the line through rollout/form over the window",
+    "cost/generation_tokens_per_second": "response tokens / time/rollout / engine devices",
+    "cost/training_tokens_per_second": "tokens of the rows, each with its prompt / (time/token_stats + time/train) / "
+    "training devices",
+    "cost/mfu": "FLOPs of the model for statistics and updates, a shared prompt once, / their seconds / the training "
+    "devices' peak (on cpu as measured at the start, in the model's format); only with a device whose peak is known",
+    "cost/engine_idle": "share of the step in which the engines do not generate",
+    "cost/trainer_idle": "share of the step without token statistics or updates",
     "time/rollout": "seconds: responses and their grades",
     "time/checkpoint": "seconds: waiting for the checkpoint of the step before",
     "time/token_stats": "seconds: forward of pi_old, advantages",

@@ -124,7 +124,9 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
         f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  "
         f"entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:g})  "
         f"T {m['dcpo/temperature']:g}  alpha {m['dcpo/alpha']:.3f}  length {m['rollout/length_mean']:.0f}  "
-        f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s  ends about {ends}"
+        f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s"
+        + (f" (MFU {m['cost/mfu']:.2f})" if "cost/mfu" in m else "")
+        + f"  ends about {ends}"
     )
 
 

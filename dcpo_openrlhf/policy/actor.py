@@ -194,6 +194,12 @@ class PolicyActor(BaseModelActor):
         """Take weights and optimizer back to the device."""
         self._offload.back()
 
+    def peak_flops(self) -> float | None:
+        """FLOP/s that this rank's device reaches at most in the model's format; None where it is not known."""
+        from dcpo_openrlhf.policy.peaks import peak_flops
+
+        return peak_flops(self.mesh.device, self.step.policy.dtype)
+
     def peak_memory_gib(self) -> float:
         """Peak resident memory of this process, or of its device on cuda [GiB]."""
         if self.mesh.device.type == "cuda":

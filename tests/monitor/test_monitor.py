@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dcpo_openrlhf import methods, objectives, train_dcpo
-from dcpo_openrlhf.assemble import make_log, make_monitor
+from dcpo_openrlhf.assemble import make_cost, make_log, make_monitor
 from dcpo_openrlhf.controller import ControllerDecision
 from dcpo_openrlhf.experience import DCPOExperience
 from dcpo_openrlhf.monitor import statistics
@@ -91,8 +91,10 @@ def experience(rows: Sequence[Row], method: str, *, padding: int = 0, alpha: flo
     reward = torch.tensor([r["reward"] for r in rows])
     ratio, entropy = padded("ratio", math.nan), padded("entropy", math.nan)
     tokens = padded("tokens", 1.0).long()
+    ends = torch.tensor([r["prompt"] + len(r["tokens"]) for r in rows])
     return DCPOExperience(
         sequences=torch.cat([torch.ones(len(rows), 1, dtype=torch.long), tokens], 1),
+        attention_mask=(torch.arange(time) < ends[:, None]).long(),
         action_mask=padded("entropy", math.nan).isfinite().long(),  # type: ignore[arg-type]
         action_log_probs=padded("logp", math.nan),
         rollout_log_probs=padded("engine", math.inf),
@@ -514,6 +516,7 @@ def make_trainer(recipe: Recipe) -> Any:
             prompts=[prompt(i) for i in range(4)],
         ),
         controller=SimpleNamespace(no_success_count=2),
+        cost=make_cost(recipe, 1e12),
         grader=SimpleNamespace(timeouts=1, crashes=0),
         weights_version=5,
         checkpoints=SimpleNamespace(saved_step=1),
