@@ -356,8 +356,8 @@ class DCPOTrainer(BasePPOTrainer):
 
     def _grade(self, samples: list[Any]) -> tuple[list[str], list[Grade]]:
         """The text of each response and what it earns."""
-        tokens = [s.sequences[0, 1:][s.action_mask[0].bool()].tolist() for s in samples]
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        tokens = (s.sequences[0, 1:][s.action_mask[0].bool()] for s in samples)  # one response at a time as a list
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
         grades = self.grader.grade(texts, [s.labels[0] for s in samples])
         if self.recipe.reward.require_end:
             cut_off = [bool(s.truncated[0]) for s in samples]

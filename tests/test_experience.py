@@ -7,7 +7,7 @@ import torch
 
 from dcpo_openrlhf import objectives
 from dcpo_openrlhf.assemble import make_controller
-from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies
+from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies, padded
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
@@ -81,6 +81,29 @@ def samples(rewards: list[float]) -> list[Experience]:
             )
         )
     return found
+
+
+def test_padded_is_openrlhf_concat_with_small_tokens_and_masks() -> None:
+    made = samples([1.0, 0.0, 1.0, 1.0])
+    for i, sample in enumerate(made):
+        sample.index, sample.labels, sample.info["weight_version"] = [i], [f"label {i}"], torch.tensor([3])
+    theirs = Experience.concat_experiences(made, 9)
+    ours = padded(made, 9)
+    assert (ours.sequences.dtype, ours.attention_mask.dtype, ours.action_mask.dtype) == (torch.int32, *[torch.bool] * 2)
+    assert ours.sequences[0].tolist() == [1, 2, 3, 9, 9]
+    for name, value in vars(theirs).items():
+        found = getattr(ours, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found.to(value.dtype), value), name
+        elif isinstance(value, dict):
+            assert found.keys() == value.keys() and all(torch.equal(found[k], v) for k, v in value.items())
+        else:
+            assert found == value, name
+    small = [
+        Experience(**vars(s) | {"sequences": s.sequences.int(), "action_mask": s.action_mask.bool()}) for s in made
+    ]
+    assert torch.equal(padded(small, 9).sequences, ours.sequences)
+    assert torch.equal(padded(small, 9).action_mask, ours.action_mask)
 
 
 REWARDS = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]

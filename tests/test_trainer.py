@@ -15,9 +15,10 @@ TEXTS = {5: "It is 7", 6: "It is 8", 7: "7 and on and on"}
 
 
 class FakeTokenizer:
-    def batch_decode(self, tokens: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
+    def decode(self, tokens: torch.Tensor, *, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
-        return [TEXTS[row[0]] for row in tokens]
+        (token,) = tokens.tolist()
+        return TEXTS[token]
 
 
 def make_recipe(**sections: Any) -> Recipe:

@@ -208,14 +208,13 @@ class Examination:
 
     def draw(self, *, step: int) -> "tuple[Rows, Float[Tensor, 'batch time-1']]":
         """A response to each prompt, and the engines' log-probs of its tokens."""
-        from openrlhf.trainer.ppo_utils.experience import Experience
-
+        from dcpo_openrlhf.experience import padded
         from dcpo_openrlhf.policy.rows import Rows
 
         tokens = min(SAMPLE_TOKENS, self.recipe.rollout.max_new_tokens)
         samples = self.generate(self.prompts, step=step, max_new_tokens=tokens, temperature=1.0)
-        joined = Experience.concat_experiences(samples, self.trainer.tokenizer.pad_token_id)
-        rows = Rows(joined.sequences, joined.attention_mask.bool(), joined.action_mask.bool())
+        joined = padded(samples, self.trainer.tokenizer.pad_token_id)
+        rows = Rows(joined.sequences, joined.attention_mask, joined.action_mask)
         return rows, joined.rollout_log_probs
 
     def logp(self, rows: "Rows") -> Float[Tensor, "batch time-1"]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 import torch
 
@@ -24,6 +25,7 @@ from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa:
 from dcpo_openrlhf.policy.reference import Reference  # noqa: E402
 from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
 from dcpo_openrlhf.policy.shared_prompts import deal  # noqa: E402
+from dcpo_openrlhf.policy.wire import received, sent  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
@@ -100,6 +102,11 @@ class PolicyActor(BaseModelActor):
             verify=recipe.weight_sync.verify,
             port=recipe.weight_sync.port,
         )
+
+    def execute_batch(self, method_name: str, all_data: dict[str, Any], start_idx: int, end_idx: int) -> list[Any]:
+        """As OpenRLHF's, of what `PolicyActorGroup.async_run_method_batch` sent."""
+        data = {name: [received(item) for item in items] for name, items in all_data.items()}
+        return [sent(result) for result in super().execute_batch(method_name, data, start_idx, end_idx)]
 
     def token_statistics(
         self, rows: Rows, temperatures: list[float], reference: bool = False
@@ -399,17 +406,24 @@ class PolicyActorGroup(RayActorGroup):
 
     def _deal(self, item: Any, parts: int) -> list[Any]:
         """Rows for each data rank; anything that is not Rows goes to all."""
-        return deal(item, parts, groups=self._share_prompts) if isinstance(item, Rows) else [item] * parts
+        if not isinstance(item, Rows):
+            return [item] * parts
+        return [sent(share) for share in deal(item, parts, groups=self._share_prompts)]
 
     def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
         """`token_statistics` of all data ranks in the order of the rows: one dict of [batch, ...] a mini-batch."""
-        by_rank: dict[int, list[dict[str, torch.Tensor]]] = {}
+        by_rank: dict[int, list[dict[str, np.ndarray]]] = {}
         for data_rank, results in zip(self.data_ranks, ray.get(refs), strict=True):
             if results[0] is not None:
                 by_rank[data_rank] = results
-        gathered = []
-        for parts in zip(*by_rank.values(), strict=True):
-            whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            order = whole.pop("index").argsort()
-            gathered.append({name: values[order] for name, values in whole.items()})
-        return gathered
+        return [_in_order(parts) for parts in zip(*by_rank.values(), strict=True)]
+
+
+def _in_order(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """The values of all parts, each row where `index` says that it stands."""
+    batch = sum(len(part["index"]) for part in parts)
+    whole = {name: np.empty((batch, *v.shape[1:]), v.dtype) for name, v in parts[0].items() if name != "index"}
+    for part in parts:
+        for name, values in whole.items():
+            values[part["index"]] = part[name]
+    return {name: torch.from_numpy(values) for name, values in whole.items()}

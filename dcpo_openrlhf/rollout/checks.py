@@ -1,5 +1,6 @@
 """Values that no sound rollout or forward pass gives: one error that names step, prompt, response, field and remedy."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from dcpo_openrlhf.rollout.tasks import Prompt
 
 ROUNDING = 1e-4
 """Log-probabilities may exceed 0 by this much [nats] before they count as impossible."""
+LARGEST = torch.finfo(torch.float32).max
+LOG_PROB, ENTROPY = (-LARGEST, ROUNDING), (-ROUNDING, LARGEST)
+"""Least and largest possible value [nats]."""
 
 
 class ImpossibleValue(ValueError):
@@ -40,7 +44,7 @@ def require_possible_samples(
 
 def _one_sample(sample: Any, where: str, weights_version: int | None) -> None:
     reward, mask = float(sample.rewards[0]), sample.action_mask[0].bool()
-    if not torch.isfinite(torch.tensor(reward)):
+    if not math.isfinite(reward):
         raise ImpossibleValue(f"{where}: field rewards = {reward} must be finite; check the grader")
     length = int(sample.response_length[0])
     if int(mask.sum()) != length or length == 0:
@@ -63,28 +67,46 @@ def require_possible_statistics(
     """Raise ImpossibleValue where the policy's own log-probs or entropies of the step's updates cannot be."""
     row = 0
     for experience in experiences:
-        for i, mask in enumerate(experience.mask):
-            where = _where(step, prompts[row // group_size], row % group_size)
-            _require_log_probs("action_log_probs", experience.action_log_probs[i], mask, where)
-            _require_log_probs("tempered_log_probs", experience.tempered_log_probs[i], mask, where)
-            entropy = experience.entropy[i][mask]
-            if not bool((torch.isfinite(entropy) & (entropy >= -ROUNDING)).all()):
-                raise ImpossibleValue(
-                    f"{where}: field entropy = {float(entropy.min())} must be finite and >= 0; "
-                    "look at the logits: a padded vocabulary row or a broken checkpoint"
-                )
-            row += 1
+        if not _possible(experience, experience.mask):
+            for i in range(len(experience.mask)):
+                _name_impossible(experience, i, _where(step, prompts[(row + i) // group_size], (row + i) % group_size))
+        row += len(experience.mask)
+
+
+def _possible(experience: Any, mask: Tensor) -> bool:
+    return (
+        _within(experience.action_log_probs, mask, *LOG_PROB)
+        and _within(experience.tempered_log_probs, mask, *LOG_PROB)
+        and _within(experience.entropy, mask, *ENTROPY)
+    )
+
+
+def _name_impossible(experience: Any, i: int, where: str) -> None:
+    """Raise ImpossibleValue where row `i` holds what cannot be."""
+    mask = experience.mask[i]
+    _require_log_probs("action_log_probs", experience.action_log_probs[i], mask, where)
+    _require_log_probs("tempered_log_probs", experience.tempered_log_probs[i], mask, where)
+    if not _within(experience.entropy[i], mask, *ENTROPY):
+        raise ImpossibleValue(
+            f"{where}: field entropy = {float(experience.entropy[i][mask].min())} must be finite and >= 0; "
+            "look at the logits: a padded vocabulary row or a broken checkpoint"
+        )
 
 
 def _require_log_probs(field: str, values: Tensor, mask: Tensor, where: str) -> None:
-    inside = values[mask]
-    possible = torch.isfinite(inside) & (inside <= ROUNDING)
-    if not bool(possible.all()):
-        seen = float(inside[~possible].flatten()[0])
+    if not _within(values, mask, *LOG_PROB):
+        inside = values[mask]
+        seen = float(inside[~(torch.isfinite(inside) & (inside <= ROUNDING))].flatten()[0])
         raise ImpossibleValue(
             f"{where}: field {field} = {seen} must be finite and <= 0; it is no log-probability: "
             "look for padded vocabulary rows, a half-synced engine or weights that are not finite"
         )
+
+
+def _within(values: Tensor, mask: Tensor, low: float, high: float) -> bool:
+    """Whether low <= values <= high inside the mask, which NaN is not; bounds that are finite leave infinity out."""
+    inside = values.numpy()[mask.numpy()]  # on runs of tokens twenty times as fast as torch's selection
+    return not inside.size or bool(inside.min() >= low and inside.max() <= high)
 
 
 def _where(step: int, prompt: Prompt, response: int) -> str:

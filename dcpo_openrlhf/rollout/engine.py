@@ -6,10 +6,13 @@ A group is one vLLM request with n samples, so its prompt is tokenised and prefi
 import asyncio
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import ray
+from jaxtyping import Float32, Int32
 
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 
@@ -28,6 +31,20 @@ if TYPE_CHECKING:
 
 QUEUE_POLL_S = 0.001
 CHILD_EXIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sample as it crosses Ray: arrays, which the driver reads where they lie in the object store."""
+
+    tokens: Int32[np.ndarray, " time"]
+    """Prompt and response."""
+    prompt_tokens: int
+    log_probs: Float32[np.ndarray, " response"]
+    """log mu of each token of the response [nats], of the distribution that was sampled from."""
+    truncated: bool
+    """It ended for want of room, not with a stop token."""
+    weight_version: int
 
 
 class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # type: ignore[attr-defined]
@@ -100,12 +117,13 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
         num_samples: int = 1,
         images: Any = None,
         prompt_token_ids: list[int] | None = None,
-    ) -> list[dict[str, Any]]:
-        """`num_samples` responses to one prompt, from one request; each is what OpenRLHF turns into an Experience.
+    ) -> list[Response]:
+        """`num_samples` responses to one prompt, from one request.
 
-        rollout_log_probs are log-probs of the distribution that was sampled from, 0 over the prompt. Raises ValueError
-        for a prompt that leaves no room for the response, RuntimeError while the weights are incomplete.
+        Raises ValueError for a prompt that leaves no room for the response, RuntimeError while the weights are
+        incomplete.
         """
+        del label  # OpenRLHF's; it stays with the driver
         if images:
             raise ValueError("images were given; rollouts here are text alone")
         if self._update_open:
@@ -115,6 +133,7 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
         params = sampling_params.clone()
         params.n = num_samples
         params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.logprobs, params.flat_logprobs = 0, True  # of the sampled tokens alone; else a dict for each of them
         version = self._version
         final = None
         async for output in self.llm.generate(TokensPrompt(prompt_token_ids=ids), params, request_id=random_uuid()):
@@ -122,12 +141,9 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
         if final is None or len(final.outputs) != num_samples:
             got = 0 if final is None else len(final.outputs)
             raise RuntimeError(f"the engine returned {got} of {num_samples} samples for a prompt; see its log")
-        return [
-            _response(prompt, label, ids, sample, version)
-            for sample in sorted(final.outputs, key=lambda output: output.index)
-        ]
+        return [response(ids, sample, version) for sample in sorted(final.outputs, key=lambda output: output.index)]
 
-    async def generate_groups(self, requests: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    async def generate_groups(self, requests: Sequence[dict[str, Any]]) -> list[list[Response]]:
         """`generate_responses` of several requests, in their order.
 
         The scheduler starts when all of them are queued, so equal requests meet in equal batches: in bf16 the logits
@@ -180,25 +196,15 @@ def require_room(token_ids: Sequence[int], max_tokens: int | None, max_length: i
         )
 
 
-def _response(prompt: str, label: str, prompt_ids: list[int], sample: Any, version: int) -> dict[str, Any]:
-    tokens = list(sample.token_ids)
-    logprobs = None
-    if sample.logprobs is not None:
-        logprobs = [0.0] * len(prompt_ids)
-        logprobs += [entry[token].logprob for token, entry in zip(tokens, sample.logprobs, strict=True)]
-    return {
-        "prompt": prompt,
-        "label": label,
-        "images": None,
-        "mm_train_inputs": None,
-        "observation_tokens": prompt_ids + tokens,
-        "action_ranges": [(len(prompt_ids), len(prompt_ids) + len(tokens))],
-        "rollout_log_probs": logprobs,
-        "truncated": sample.finish_reason == "length",
-        "reward": None,
-        "scores": None,
-        "extra_logs": {"weight_version": version},
-    }
+def response(prompt_ids: Sequence[int], sample: Any, version: int) -> Response:
+    """Arrays of vLLM's CompletionOutput, whose log-probs are flat and of the sampled tokens alone."""
+    return Response(
+        tokens=np.array([*prompt_ids, *sample.token_ids], dtype=np.int32),
+        prompt_tokens=len(prompt_ids),
+        log_probs=np.array(sample.logprobs.logprobs, dtype=np.float32),
+        truncated=sample.finish_reason == "length",
+        weight_version=version,
+    )
 
 
 def _children() -> list[psutil.Process]:

@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from vllm import SamplingParams
 
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
-from dcpo_openrlhf.rollout.engine import require_room
+from dcpo_openrlhf.rollout.engine import Response, require_room
 from dcpo_openrlhf.rollout.pool import gather
 
 install_flash_attn_stub()
@@ -92,9 +94,10 @@ class DCPOSamplesGenerator(SamplesGenerator):
             remedy="see its log; resume from the last checkpoint, and raise rollout.timeout if it was only slow",
         )
         of_engine = {engine: iter(groups) for engine, groups in zip(requests, answers, strict=True)}
-        groups = [next(of_engine[engine]) for engine in engine_of]
         return [
-            self._process_response_into_experience(response, max_len=max_len) for group in groups for response in group
+            experience(response, prompt, label, max_len=max_len)
+            for engine, prompt, label in zip(engine_of, prompts, labels, strict=True)
+            for response in next(of_engine[engine])
         ]
 
     def _assign(self, num_prompts: int, n_samples: int) -> list[int]:
@@ -122,7 +125,6 @@ class DCPOSamplesGenerator(SamplesGenerator):
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            logprobs=0,  # of the sampled token alone
             stop_token_ids=self.stop_token_ids,
             detokenize=False,
         )
@@ -147,6 +149,30 @@ class DCPOSamplesGenerator(SamplesGenerator):
             top_p=generate_kwargs.get("top_p", 1.0),
         )
         return experiences, len(prompts), exhausted
+
+
+def experience(response: Response, prompt: str, label: str, *, max_len: int) -> Experience:
+    """OpenRLHF's Experience [1, T] of a response; tokens are int32 and masks bool, of memory of their own."""
+    first, total = response.prompt_tokens, len(response.tokens)
+    action_mask, log_probs = np.zeros((1, total - 1), dtype=bool), np.zeros((1, total - 1), dtype=np.float32)
+    action_mask[0, first - 1 :], log_probs[0, first - 1 :] = True, response.log_probs
+    return Experience(
+        sequences=torch.from_numpy(response.tokens[None].copy()),
+        attention_mask=torch.ones(1, total, dtype=torch.bool),  # type: ignore[arg-type]
+        action_mask=torch.from_numpy(action_mask),  # type: ignore[arg-type]
+        rollout_log_probs=torch.from_numpy(log_probs),
+        prompts=[prompt],
+        labels=[label],
+        images=[None],
+        mm_train_inputs=[None],
+        response_length=torch.tensor([total - first]),
+        truncated=torch.tensor([response.truncated]),
+        total_length=torch.tensor([float(total)]),
+        info={
+            "response_clip_ratio": torch.tensor([total >= max_len]),
+            "weight_version": torch.tensor([response.weight_version]),
+        },
+    )
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:

@@ -103,3 +103,17 @@ def test_impossible_statistic_is_named(field: str, values: torch.Tensor) -> None
     require_possible_statistics([statistics()], step=9, prompts=PROMPTS, group_size=2)
     with pytest.raises(ImpossibleValue, match=rf"step 9, prompt 'sum-1', response 0: field {field} = "):
         require_possible_statistics([statistics(**{field: values})], step=9, prompts=PROMPTS, group_size=2)
+
+
+def test_a_row_of_a_later_update_is_named() -> None:
+    sound, spoilt = statistics(), statistics(entropy=spoiled((4, 3), NAN, 0.5))
+    prompts = [Prompt(Problem(f"sum-{i}", "", "", ""), "") for i in range(4)]
+    with pytest.raises(ImpossibleValue, match=r"step 9, prompt 'sum-3', response 0: field entropy = nan"):
+        require_possible_statistics([sound, spoilt], step=9, prompts=prompts, group_size=2)
+
+
+def test_what_stands_outside_the_mask_is_not_looked_at() -> None:
+    outside = {name: getattr(statistics(), name).clone() for name in ("action_log_probs", "entropy")}
+    for values in outside.values():
+        values[:, 0] = NAN
+    require_possible_statistics([statistics(**outside)], step=9, prompts=PROMPTS, group_size=2)

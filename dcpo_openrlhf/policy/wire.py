@@ -1,0 +1,41 @@
+"""Rows and statistics as they cross Ray: numpy arrays, copied once on either side.
+
+torch pickles a tensor through a byte string of its own, which takes several copies and shares nothing.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcpo_openrlhf.policy.rows import Rows
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """Rows with arrays in the place of tensors, token ids in int32."""
+
+    fields: dict[str, Any]
+
+
+def sent(item: Any) -> Any:
+    """Rows as SentRows, and tensors of dicts and tuples as arrays; anything else as it is."""
+    if isinstance(item, Rows):
+        found = {field.name: sent(getattr(item, field.name)) for field in fields(item)}
+        return SentRows(found | {"sequences": found["sequences"].astype(np.int32, copy=False)})
+    if isinstance(item, Tensor):
+        return np.ascontiguousarray(item.numpy())
+    if isinstance(item, dict):
+        return {name: sent(value) for name, value in item.items()}
+    return tuple(map(sent, item)) if isinstance(item, tuple) else item
+
+
+def received(item: Any) -> Any:
+    """What `sent` was given, in memory of its own: a write to the store's pages would end the process."""
+    if isinstance(item, SentRows):
+        return Rows(**{name: received(value) for name, value in item.fields.items()})
+    if isinstance(item, np.ndarray):
+        return torch.from_numpy(item.astype(np.int64 if item.dtype == np.int32 else item.dtype))  # a copy, always
+    return tuple(map(received, item)) if isinstance(item, tuple) else item
