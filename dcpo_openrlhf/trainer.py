@@ -97,6 +97,7 @@ class DCPOTrainer(BasePPOTrainer):
                 clock.lap("weight_sync")
                 self.history.append(self.record(step, experiences, status | clock.seconds()))
                 self.settle(step)
+            del samples, experiences  # before the next step's come: gigabytes of a large one
             if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.train.steps:
                 self.settle(step, heldout_accuracy=self.evaluate(step))
             if recipe.checkpoint.every and (step % recipe.checkpoint.every == 0 or self.monitor.stopping):

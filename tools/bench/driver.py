@@ -146,11 +146,11 @@ class Parts:
 
 
 class Memory(threading.Thread):
-    """Sum of proportional set sizes of this process and all that it has started [GiB]: before a block, and at most."""
+    """Highest sum of proportional set sizes of this process and all that it has started [GiB], while in a block."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before = self.peak = held()
+        self.peak = held()
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -276,7 +276,7 @@ def start(o: argparse.Namespace) -> tuple[list[Any], PolicyActorGroup]:
     return engines, group
 
 
-def table(o: argparse.Namespace, found: dict[int, tuple[dict[str, list[float]], Memory]]) -> Iterator[str]:
+def table(o: argparse.Namespace, found: dict[int, tuple[dict[str, list[float]], float]]) -> Iterator[str]:
     sizes = list(found)
     yield "| | " + " | ".join(f"{n} responses: seconds | CPU" for n in sizes) + " |"
     yield "|---|" + "---|---|" * len(sizes)
@@ -285,9 +285,7 @@ def table(o: argparse.Namespace, found: dict[int, tuple[dict[str, list[float]], 
         yield f"| {name} | {' | '.join(cells)} |"
     totals = [[sum(spent[i] for spent in parts.values()) for i in (0, 1)] for parts, _ in found.values()]
     yield "| **in all** | " + " | ".join(f"**{wall:.2f}** | {cpu:.2f}" for wall, cpu in totals) + " |"
-    for what in ("before", "peak"):
-        cells = [f"{getattr(memory, what):.1f} |" for _, memory in found.values()]
-        yield f"| memory of all processes, {what} [GiB] | {' | '.join(cells)} |"
+    yield "| peak memory of all processes [GiB] | " + " | ".join(f"{peak:.1f} |" for _, peak in found.values()) + " |"
 
 
 def processor_name() -> str:
@@ -311,7 +309,7 @@ def main() -> None:
     o = parser.parse_args()
 
     engines, group = start(o)
-    found = {}
+    idle, found = held(), {}
     for responses in o.responses:
         step = Step(o, responses, engines, group)
         runs = []
@@ -322,7 +320,7 @@ def main() -> None:
         step.prepare()
         with Memory() as memory:
             step.run()
-        found[responses] = (best, memory)
+        found[responses] = (best, memory.peak)
     conversion = ray.get(engines[0].conversion_seconds.remote(32, o.tokens))
     ray.shutdown()
     defaults = vars(parser.parse_args([]))
@@ -341,7 +339,8 @@ def main() -> None:
         "",
         *table(o, found),
         "",
-        f"Before it, in the engine: {conversion * 1e3:.2f} ms of CPU for each response to turn vLLM's lists into arrays.",
+        f"Of the memory {idle:.1f} GiB are there before the first step: interpreters and libraries. What comes before, "
+        f"in the engine: {conversion * 1e3:.2f} ms of CPU to turn vLLM's lists of a response into arrays.",
     ]
     print("\n".join(lines))
     if o.output:
