@@ -50,8 +50,18 @@ def test_rows_arrive_as_they_were_with_token_ids_that_a_model_reads() -> None:
         large, large_in_band = over_the_wire(made.take(torch.arange(4).repeat(100)))
         assert isinstance(large, Rows) and len(large) == 400
         assert abs(large_in_band - in_band) < 100, "no token is in the pickle"
-        assert arrived.old_logp is not None
-        arrived.old_logp.zero_()  # its own memory: Ray's would end the process
+
+
+def test_what_arrives_has_memory_of_its_own() -> None:
+    """A write to the pages of Ray's store would end the process."""
+    made = rows(torch.int32)
+    arrays = sent(made)
+    arrived = received(arrays)
+    assert isinstance(arrived, Rows) and arrived.old_logp is not None and made.old_logp is not None
+    assert arrays.fields["old_logp"].ctypes.data == made.old_logp.data_ptr(), "sent without a copy"
+    arrived.old_logp.fill_(1.0)
+    arrived.attention_mask.fill_(False)
+    assert bool((made.old_logp <= 0).all()) and bool(made.attention_mask.any())
 
 
 def test_what_are_no_rows_pass() -> None:
