@@ -91,6 +91,8 @@ class DCPOExperience(Experience):
         return replace(rows, scale=scale)
 
 
+CHUNK_ROWS = 64
+"""Rows looked at together: 64 x 8,192 fp32 values stay in the processor's cache over all passes."""
 AEPO_SHARE = 4
 """aepo draws again for one prompt in this many: the first quarter of the step (authors' code)."""
 
@@ -211,21 +213,31 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         assert self.decision is not None
         m, rewards, t = self.recipe.method, e.rewards, self.recipe.train
         alpha = self.decision.alpha if self.method.uses_alpha else 0.0
-        e.target_ratio = objectives.target_ratio(old_logp=e.action_log_probs, tempered_logp=tempered_logp, mask=e.mask)
-        e.advantage_terms = methods.method_advantage(
-            self.method,
-            group_advantage=torch.zeros_like(rewards)
-            if tempered
-            else objectives.group_advantage(reward=rewards - self._penalty(e), group_size=t.group_size),
-            success=rewards,
-            target_ratio=e.target_ratio,
-            entropy=e.entropy,
-            alpha=alpha,
-            mixing=m.mixing,
-            tempered_rows=torch.full_like(rewards, tempered, dtype=torch.bool),
-            entropy_adv_beta=m.entropy_adv_beta,
-            entropy_adv_kappa=m.entropy_adv_kappa,
-        )
+        group = torch.zeros_like(rewards)
+        if not tempered:
+            group = objectives.group_advantage(reward=rewards - self._penalty(e), group_size=t.group_size)
+        e.target_ratio, terms = torch.empty_like(e.action_log_probs), []
+        for i in range(0, len(rewards), CHUNK_ROWS):
+            some = slice(i, i + CHUNK_ROWS)
+            e.target_ratio[some] = objectives.target_ratio(
+                old_logp=e.action_log_probs[some], tempered_logp=tempered_logp[some], mask=e.mask[some]
+            )
+            found = methods.method_advantage(
+                self.method,
+                group_advantage=group[some],
+                success=rewards[some],
+                target_ratio=e.target_ratio[some],
+                entropy=e.entropy[some],
+                alpha=alpha,
+                mixing=m.mixing,
+                tempered_rows=torch.full_like(rewards[some], tempered, dtype=torch.bool),
+                entropy_adv_beta=m.entropy_adv_beta,
+                entropy_adv_kappa=m.entropy_adv_kappa,
+            )
+            terms = terms or [torch.empty_like(e.target_ratio) for _ in found]
+            for whole, part in zip(terms, found, strict=True):
+                whole[some] = part
+        e.advantage_terms = tuple(terms)
         e.advantages = e.advantage_terms[0]
         if (c := self.recipe.correction).level != "off":
             e.correction, e.outside = correction_weight(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf import objectives
+from dcpo_openrlhf import experience, objectives
 from dcpo_openrlhf.assemble import make_controller
 from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies, padded
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
@@ -132,6 +132,16 @@ def test_advantages_are_those_of_the_maths_with_the_batch_own_entropy() -> None:
             mixing="convex",
         )
         torch.testing.assert_close(update.advantages[update.mask], expected[update.mask])
+
+
+@pytest.mark.parametrize("name", ["dcpo", "j1", "entropy_adv"])
+def test_rows_taken_a_few_at_a_time_give_the_same_advantages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_maker(name=name).make_experience_batch(samples(REWARDS))
+    monkeypatch.setattr(experience, "CHUNK_ROWS", 3)
+    for one, other in zip(make_maker(name=name).make_experience_batch(samples(REWARDS)), whole, strict=True):
+        assert len(one.advantage_terms) == len(other.advantage_terms)
+        pairs = zip((one.target_ratio, *one.advantage_terms), (other.target_ratio, *other.advantage_terms), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_grpo_is_the_same_path_with_alpha_zero() -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
-from dcpo_openrlhf.experience import DCPOExperience
+from dcpo_openrlhf.experience import CHUNK_ROWS, DCPOExperience
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Prompt
 
@@ -23,8 +23,6 @@ REPETITIVE = 0.5
 """A response that repeats more of its 4-grams than this has lost its form."""
 LOG_RATIO_BOUND, LOG_RATIO_BINS = 10.0, 2000
 """Histogram of log rho: bins of 0.01 make quantiles right to half a percent; beyond the bounds they saturate."""
-CHUNK_ROWS = 64
-"""Rows looked at together: 64 x 8,192 fp32 values stay in the processor's cache over all passes."""
 
 
 def batch_metrics(
