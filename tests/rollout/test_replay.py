@@ -63,6 +63,24 @@ def test_responses_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_000003.2.pt", "step_000003.pt"]
 
 
+def test_records_with_tokens_and_masks_in_64_bits_replay_to_the_same_rows(tmp_path: Path) -> None:
+    """As they were written before responses crossed Ray as arrays."""
+    from dcpo_openrlhf.experience import padded
+
+    found = []
+    for name in ("long", "small"):
+        engines = Engines()
+        made = engines.generate(PROMPTS, [])
+        if name == "small":
+            for sample in made:
+                sample.sequences, sample.action_mask = sample.sequences.int(), sample.action_mask.bool()
+                sample.attention_mask = sample.attention_mask.bool()
+        engines.generate = lambda *_, made=made, **__: made  # type: ignore[method-assign]
+        Recorder(engines, tmp_path / name).generate(PROMPTS, [], **REQUEST)
+        found.append(vars(padded(Replay(tmp_path / name).generate(PROMPTS, [], **REQUEST), 0)))
+    assert same(*found) and found[0]["sequences"].dtype == torch.int32
+
+
 @pytest.mark.parametrize(
     ("prompts", "change", "said"),
     [

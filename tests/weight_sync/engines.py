@@ -121,7 +121,7 @@ def assert_serves(made: list[Any], folder: Path) -> None:
             temperature=0.0,
         )
         for experience in experiences:
-            prompt_length = int(experience.action_mask[0].argmax()) + 1
+            prompt_length = int(experience.action_mask[0].int().argmax()) + 1
             expected = model.generate(experience.sequences[:, :prompt_length], max_new_tokens=16, do_sample=False)  # type: ignore[attr-defined]
             assert experience.sequences.tolist() == expected.tolist()
         assert largest_logp_error(experiences, folder) < 1e-4
