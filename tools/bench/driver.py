@@ -321,7 +321,7 @@ def main() -> None:
         with Memory() as memory:
             step.run()
         found[responses] = (best, memory.peak)
-    conversion = ray.get(engines[0].conversion_seconds.remote(32, o.tokens))
+    conversion: float = ray.get(engines[0].conversion_seconds.remote(32, o.tokens))  # type: ignore[assignment]
     ray.shutdown()
     defaults = vars(parser.parse_args([]))
     changed = [
