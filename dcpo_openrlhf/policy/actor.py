@@ -25,7 +25,7 @@ from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa:
 from dcpo_openrlhf.policy.reference import Reference  # noqa: E402
 from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
 from dcpo_openrlhf.policy.shared_prompts import deal  # noqa: E402
-from dcpo_openrlhf.policy.wire import received, sent  # noqa: E402
+from dcpo_openrlhf.policy.wire import in_order, received, sent  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
@@ -416,14 +416,4 @@ class PolicyActorGroup(RayActorGroup):
         for data_rank, results in zip(self.data_ranks, ray.get(refs), strict=True):
             if results[0] is not None:
                 by_rank[data_rank] = results
-        return [_in_order(parts) for parts in zip(*by_rank.values(), strict=True)]
-
-
-def _in_order(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """The values of all parts, each row where `index` says that it stands."""
-    batch = sum(len(part["index"]) for part in parts)
-    whole = {name: np.empty((batch, *v.shape[1:]), v.dtype) for name, v in parts[0].items() if name != "index"}
-    for part in parts:
-        for name, values in whole.items():
-            values[part["index"]] = part[name]
-    return {name: torch.from_numpy(values) for name, values in whole.items()}
+        return [in_order(parts) for parts in zip(*by_rank.values(), strict=True)]

@@ -3,6 +3,7 @@
 torch pickles a tensor through a byte string of its own, which takes several copies and shares nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -39,3 +40,13 @@ def received(item: Any) -> Any:
     if isinstance(item, np.ndarray):
         return torch.from_numpy(item.astype(np.int64 if item.dtype == np.int32 else item.dtype))  # a copy, always
     return tuple(map(received, item)) if isinstance(item, tuple) else item
+
+
+def in_order(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """The values of all parts, each row where `index` says that it stands."""
+    batch = sum(len(part["index"]) for part in parts)
+    whole = {name: np.empty((batch, *v.shape[1:]), v.dtype) for name, v in parts[0].items() if name != "index"}
+    for part in parts:
+        for name, values in whole.items():
+            values[part["index"]] = part[name]
+    return {name: torch.from_numpy(values) for name, values in whole.items()}

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -123,12 +122,3 @@ def test_a_forward_pass_that_is_to_stop_ends_on_every_rank_and_the_next_call_is_
     flag.unlink()
     refs = group.async_run_method_batch("token_statistics", rows=[rows], temperatures=[[0.8]])
     assert group.gather(refs)[0]["logp"].shape == rows.action_mask.shape
-
-
-def test_statistics_of_data_ranks_are_put_in_the_order_of_the_rows() -> None:
-    from dcpo_openrlhf.policy.actor import _in_order
-
-    whole = {"logp": torch.rand(6, 3), "tempered_logp": torch.rand(6, 3, 2)}
-    parts = [{name: v[i].numpy() for name, v in whole.items()} | {"index": np.array(i)} for i in ([4, 0, 1], [2, 5, 3])]
-    found = _in_order(parts)
-    assert found.keys() == whole.keys() and all(torch.equal(found[name], values) for name, values in whole.items())

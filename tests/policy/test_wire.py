@@ -3,10 +3,11 @@
 import pickle
 from dataclasses import fields, replace
 
+import numpy as np
 import torch
 
 from dcpo_openrlhf.policy.rows import Rows
-from dcpo_openrlhf.policy.wire import received, sent
+from dcpo_openrlhf.policy.wire import in_order, received, sent
 
 
 def rows(dtype: torch.dtype) -> Rows:
@@ -67,3 +68,10 @@ def test_what_arrives_has_memory_of_its_own() -> None:
 def test_what_are_no_rows_pass() -> None:
     for item in ([0.8, 1.2], 3, None, "text"):
         assert received(sent(item)) is item
+
+
+def test_statistics_of_data_ranks_are_put_in_the_order_of_the_rows() -> None:
+    whole = {"logp": torch.rand(6, 3), "tempered_logp": torch.rand(6, 3, 2)}
+    parts = [{name: v[i].numpy() for name, v in whole.items()} | {"index": np.array(i)} for i in ([4, 0, 1], [2, 5, 3])]
+    found = in_order(parts)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], values) for name, values in whole.items())

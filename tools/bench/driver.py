@@ -47,14 +47,15 @@ VOCABULARY, PROMPT_TOKENS, LOOK_S = 150_000, 128, 0.2
 class StandInEngine:
     """A rollout engine that holds its answer already."""
 
-    def make(self, groups: int, size: int, tokens: int) -> None:
-        random = np.random.default_rng(0)
+    def make(self, groups: int, size: int, tokens: int, seed: int) -> None:
+        random = np.random.default_rng(seed)
 
-        def one() -> Response:
-            ids = random.integers(0, VOCABULARY, PROMPT_TOKENS + tokens, dtype=np.int32)
-            return Response(ids, PROMPT_TOKENS, -random.random(tokens, dtype=np.float32), True, 0)
+        def one(prompt: np.ndarray) -> Response:
+            ids = np.concatenate([prompt, random.integers(0, VOCABULARY, tokens, dtype=np.int32)])
+            return Response(ids, len(prompt), -random.random(tokens, dtype=np.float32), True, 0)
 
-        self.groups = [[one() for _ in range(size)] for _ in range(groups)]
+        prompts = random.integers(0, VOCABULARY, (groups, PROMPT_TOKENS), dtype=np.int32)
+        self.groups = [[one(prompt) for _ in range(size)] for prompt in prompts]
 
     def get_num_unfinished_requests(self) -> int:
         return 0
@@ -94,7 +95,7 @@ class StandIn(PolicyActor):
         ]
         self._updates.clear()
 
-    def token_statistics(self, rows: Rows, temperatures: list[float]) -> dict[str, Tensor]:
+    def token_statistics(self, rows: Rows, temperatures: list[float], reference: bool = False) -> dict[str, Tensor]:
         assert rows.index is not None
         return self.made.pop() | {"index": rows.index}
 
@@ -200,7 +201,7 @@ class Step:
     def prepare(self) -> None:
         o, ranks = self.o, len(self.group.data_ranks)
         groups, rows = self.responses // o.group // o.engines, self.responses // o.updates // ranks
-        ray.get([engine.make.remote(groups, o.group, o.tokens) for engine in self.engines])
+        ray.get([engine.make.remote(groups, o.group, o.tokens, i) for i, engine in enumerate(self.engines)])
         ray.get(self.group.async_run_method("make", o.updates, rows, PROMPT_TOKENS + o.tokens - 1, 2))
 
     def run(self) -> Parts:
