@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 import torch
 
@@ -406,14 +405,11 @@ class PolicyActorGroup(RayActorGroup):
 
     def _deal(self, item: Any, parts: int) -> list[Any]:
         """Rows for each data rank; anything that is not Rows goes to all."""
-        if not isinstance(item, Rows):
-            return [item] * parts
-        return [sent(share) for share in deal(item, parts, groups=self._share_prompts)]
+        shares = deal(item, parts, groups=self._share_prompts) if isinstance(item, Rows) else [item] * parts
+        return [sent(share) for share in shares]
 
     def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
         """`token_statistics` of all data ranks in the order of the rows: one dict of [batch, ...] a mini-batch."""
-        by_rank: dict[int, list[dict[str, np.ndarray]]] = {}
-        for data_rank, results in zip(self.data_ranks, ray.get(refs), strict=True):
-            if results[0] is not None:
-                by_rank[data_rank] = results
+        dealt = zip(self.data_ranks, ray.get(refs), strict=True)
+        by_rank = {rank: results for rank, results in dealt if results[0] is not None}
         return [in_order(parts) for parts in zip(*by_rank.values(), strict=True)]
