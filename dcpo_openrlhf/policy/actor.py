@@ -23,8 +23,7 @@ from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa:
 
 from dcpo_openrlhf.policy.reference import Reference  # noqa: E402
 from dcpo_openrlhf.policy.rows import Rows  # noqa: E402
-from dcpo_openrlhf.policy.shared_prompts import deal  # noqa: E402
-from dcpo_openrlhf.policy.wire import in_order, received, sent  # noqa: E402
+from dcpo_openrlhf.policy.wire import dealt, in_order, received, sent  # noqa: E402
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.checkpoint import FileSum
@@ -396,20 +395,15 @@ class PolicyActorGroup(RayActorGroup):
         """Each item of each list is one mini-batch of rows, dealt over the data ranks; one ref an actor."""
         parts = max(self.data_ranks) + 1
         refs = []
-        dealt = {k: [self._deal(item, parts) for item in v] for k, v in kwargs.items()}
-        cut = {r: ray.put({k: [shares[r] for shares in v] for k, v in dealt.items()}) for r in range(parts)}
+        shares = {k: [dealt(item, parts, groups=self._share_prompts) for item in v] for k, v in kwargs.items()}
+        cut = {r: ray.put({k: [share[r] for share in v] for k, v in shares.items()}) for r in range(parts)}
         length = len(next(iter(kwargs.values())))
         for actor, data_rank in zip(self._actor_handlers, self.data_ranks, strict=True):
             refs.append(actor.execute_batch.remote(method_name, cut[data_rank], 0, length))
         return refs
 
-    def _deal(self, item: Any, parts: int) -> list[Any]:
-        """Rows for each data rank; anything that is not Rows goes to all."""
-        shares = deal(item, parts, groups=self._share_prompts) if isinstance(item, Rows) else [item] * parts
-        return [sent(share) for share in shares]
-
     def gather(self, refs: list[ray.ObjectRef]) -> list[dict[str, torch.Tensor]]:
         """`token_statistics` of all data ranks in the order of the rows: one dict of [batch, ...] a mini-batch."""
-        dealt = zip(self.data_ranks, ray.get(refs), strict=True)
-        by_rank = {rank: results for rank, results in dealt if results[0] is not None}
+        answers = zip(self.data_ranks, ray.get(refs), strict=True)
+        by_rank = {rank: results for rank, results in answers if results[0] is not None}
         return [in_order(parts) for parts in zip(*by_rank.values(), strict=True)]

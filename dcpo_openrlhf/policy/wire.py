@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dcpo_openrlhf.policy.rows import Rows
+from dcpo_openrlhf.policy.shared_prompts import deal
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class SentRows:
     """Rows with arrays in the place of tensors, token ids in int32."""
 
     fields: dict[str, Any]
+
+
+def dealt(item: Any, parts: int, *, groups: bool) -> list[Any]:
+    """What each of `parts` data ranks is sent: its share of Rows (`groups` as `deal` has it), all of anything else."""
+    shares = deal(item, parts, groups=groups) if isinstance(item, Rows) else [item] * parts
+    return [sent(share) for share in shares]
 
 
 def sent(item: Any) -> Any:
