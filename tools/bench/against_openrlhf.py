@@ -228,8 +228,8 @@ def page(parts: Sequence[str], command: str) -> str:
     intro = (
         f"`{command}`, {os.cpu_count()} cores ({processor_name()}, {units} bf16 units), "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB, Python {platform.python_version()}, {versions}. "
-        "SmolLM2-135M-Instruct learns sums, the same ones at every step. The sides take turns, each in processes of its "
-        "own; OpenRLHF's objective is GRPO's."
+        "SmolLM2-135M-Instruct learns sums, the same ones at every step. The sides take turns, each in processes of "
+        "its own; OpenRLHF's objective is GRPO's."
     )
     return "\n\n".join(["# A step beside stock OpenRLHF's", intro, *parts, EXPLANATION])
 
