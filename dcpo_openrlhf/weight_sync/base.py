@@ -1,5 +1,6 @@
 """What the CPU transports share: the trainer packs its weights into buckets, the worker loads them into the model."""
 
+import contextlib
 import logging
 from abc import abstractmethod
 from collections import Counter
@@ -119,7 +120,7 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
             received = checksums(bucket, buffer)
             verify(bucket, sent=update_info.checksums, received=received)
             self.received_checksums.update(zip(bucket.names, received, strict=True))
-        with disable_mtp_completeness_check():
+        with disable_mtp_completeness_check(), lookups_loaded_in_place():
             self.model.load_weights(unpack(bucket, buffer))  # type: ignore[operator]
         own_pending(self.model, buffer)
 
@@ -214,6 +215,28 @@ def leave_lookups_unpacked(model: torch.nn.Module) -> None:
         if type(module) is VocabParallelEmbedding and type(method) is UnquantizedEmbeddingMethod:
             module.quant_method = LookupMethod()
             module.__dict__.pop("cpu_linear", None)
+
+
+@contextlib.contextmanager
+def lookups_loaded_in_place() -> Iterator[None]:
+    """Let layer-wise reload put an embedding together in the memory that serves it.
+
+    In memory of its own, made for the moment, every page of the largest weight would be a fault, at each sync.
+    """
+    materialize = layerwise.materialize_layer
+
+    def place(layer: torch.nn.Module, info: Any) -> None:
+        if isinstance(getattr(layer, "quant_method", None), LookupMethod) and info.kernel_tensors is not None:
+            for name, served in info.kernel_tensors[0].items():
+                if served.shape == getattr(layer, name).shape:
+                    setattr(layer, name, served)
+        materialize(layer, info)  # what is not there yet
+
+    layerwise.materialize_layer = place
+    try:
+        yield
+    finally:
+        layerwise.materialize_layer = materialize
 
 
 def repack_shared_weights(model: torch.nn.Module) -> None:
