@@ -12,13 +12,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload import layerwise
 
 from dcpo_openrlhf.weight_sync.base import (
     BucketTrainerEngine,
     BucketTrainerInitInfo,
     BucketUpdateInfo,
     leave_lookups_unpacked,
+    lookups_loaded_in_place,
     own_pending,
 )
 from dcpo_openrlhf.weight_sync.buckets import place, unpack
@@ -118,7 +119,7 @@ def test_a_layer_that_waits_for_more_keeps_its_own_copy() -> None:
     weight = buffer[:32].view(torch.float32)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     call = inspect.signature(lambda param, *loaded, **more: None).bind(torch.empty(8, device="meta"), weight, x=other)
-    get_layerwise_info(model[0]).loaded_weights.append(("weight", call))
+    layerwise.get_layerwise_info(model[0]).loaded_weights.append(("weight", call))
     before = weight.clone()
     own_pending(model, buffer)
     buffer.zero_()
@@ -149,3 +150,28 @@ def test_an_embedding_that_is_the_output_layer_stays_packed() -> None:
     embedding = made(VocabParallelEmbedding)
     leave_lookups_unpacked(torch.nn.ModuleList([embedding]))
     assert hasattr(embedding, "cpu_linear")
+
+
+def test_a_lookup_is_loaded_into_the_memory_that_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding, head = made(VocabParallelEmbedding), made(ParallelLMHead)
+    model, new = torch.nn.ModuleList([embedding, head]), torch.randn(8, 4)
+    for module in model:
+        module.weight = torch.nn.Parameter(torch.zeros(8, 4), requires_grad=False)
+    leave_lookups_unpacked(model)
+    head.quant_method = None
+    served = embedding.weight
+    layerwise.record_metadata_for_reloading(model)
+    made_anew: list[Any] = []
+    materialize = layerwise.materialize_layer
+    monkeypatch.setattr(
+        layerwise,
+        "materialize_layer",
+        lambda layer, info: (made_anew.append(layer) if layer.weight.is_meta else None, materialize(layer, info)),
+    )
+    layerwise.initialize_layerwise_reload(model)
+    with lookups_loaded_in_place():
+        for module in model:
+            module.weight.weight_loader(module.weight, new)
+    assert made_anew == [head]
+    assert embedding.weight is served
+    assert torch.equal(served, new) and torch.equal(head.weight, new)
