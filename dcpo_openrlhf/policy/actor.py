@@ -140,7 +140,7 @@ class PolicyActor(BaseModelActor):
         return self.weight_sync.version
 
     def sent_checksums(self) -> dict[str, int]:
-        """name -> checksum of what the last sync sent; empty off rank 0, with checks off, and over nccl and ipc."""
+        """name -> checksum of what the last sync sent; empty off rank 0 and with checks off."""
         return self.weight_sync.checksums
 
     def scale_weights(self, factor: float) -> None:

@@ -1,7 +1,8 @@
 """Weights from the trainer to the vLLM engines, through vLLM's own weight-transfer API.
 
 A sync: the source yields (HF name, tensor) on every trainer rank, rank 0 packs them into buckets, every engine worker
-loads a bucket as it arrives. `nccl` and `ipc` are vLLM's backends; `gloo` and `shared_memory`, for CPU, are ours.
+loads a bucket as it arrives. `nccl` and `ipc` are vLLM's backends, checked in `device`; `gloo` and `shared_memory`, for
+CPU, are ours.
 Importing this package is cheap: vLLM imports it in every process it starts.
 
 Door: connect, WeightSync, WeightSyncError, register, TRANSPORTS, ACTOR_PID; source (LiveWeights).
@@ -18,6 +19,8 @@ TRANSPORTS = ("shared_memory", "gloo", "nccl", "ipc")
 ACTOR_PID = "DCPO_ROLLOUT_ACTOR_PID"
 # name -> module and class prefix of the backends made here
 _BACKENDS = {"shared_memory": "SharedMemory", "gloo": "Gloo"}
+# name of a backend of vLLM's -> class in `device` that takes the place of its workers' side
+_CHECKED = {"nccl": "NCCLWorkerEngine", "ipc": "IPCWorkerEngine"}
 
 
 def register() -> None:
@@ -30,6 +33,9 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(name, module, f"{prefix}WorkerEngine")
         if name not in WeightTransferTrainerFactory._registry:
             WeightTransferTrainerFactory.register_engine(name, module, f"{prefix}TrainerEngine")
+    for name, checked in _CHECKED.items():
+        WeightTransferEngineFactory._registry.pop(name, None)
+        WeightTransferEngineFactory.register_engine(name, f"{__name__}.device", checked)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,17 @@
 """What the CPU transports share: the trainer packs its weights into buckets, the worker loads them into the model."""
 
+import contextlib
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from vllm.distributed.weight_transfer.base import TrainerInitInfo as VLLMTrainerInitInfo
 from vllm.distributed.weight_transfer.base import (
     TrainerWeightTransferEngine,
@@ -19,10 +21,25 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload, layerwise
 
-from dcpo_openrlhf.weight_sync.buckets import MIB, Bucket, checksums, pack, plan_buckets, unpack, verify
+from dcpo_openrlhf.weight_sync.buckets import (
+    MIB,
+    Bucket,
+    checksums,
+    pack,
+    place,
+    plan_buckets,
+    room_for,
+    unpack,
+    verify,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,6 +59,8 @@ class BucketUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
+    begin: int
+    """Its first byte in the trainer's buffer."""
     checksums: list[int] | None = None
 
     @property
@@ -73,12 +92,14 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         model: torch.nn.Module,
     ) -> None:
         super().__init__(config, vllm_config, device, model)
+        if device.type == "cpu":
+            leave_lookups_unpacked(model)
         self.uses = count_uses(model)
         self.received_checksums: dict[str, int] = {}
 
     @abstractmethod
-    def receive_bucket(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:
-        """The bucket's bytes in a buffer that nothing writes to again: layer-wise reload keeps views of it."""
+    def receive_bucket(self, bucket: Bucket, begin: int) -> UInt8[Tensor, "bytes"]:
+        """The bucket's bytes, which begin there on the sender; nothing writes to them before this update returns."""
 
     def start_weight_update(self) -> None:
         self.received_checksums = {}
@@ -94,13 +115,14 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
         bucket = update_info.bucket
-        buffer = self.receive_bucket(bucket)
+        buffer = self.receive_bucket(bucket, update_info.begin)
         if update_info.checksums is not None:
             received = checksums(bucket, buffer)
             verify(bucket, sent=update_info.checksums, received=received)
             self.received_checksums.update(zip(bucket.names, received, strict=True))
-        with disable_mtp_completeness_check():
+        with disable_mtp_completeness_check(), lookups_loaded_in_place():
             self.model.load_weights(unpack(bucket, buffer))  # type: ignore[operator]
+        own_pending(self.model, buffer)
 
     def finish_weight_update(self) -> None:
         require_complete(self.model, self.uses)
@@ -113,6 +135,22 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         finally:
             logger.setLevel(level)
         repack_shared_weights(self.model)
+
+
+def own_pending(model: torch.nn.Module, buffer: UInt8[Tensor, "bytes"]) -> None:
+    """Copy what layers that are not whole yet keep of `buffer`, since the next bucket may overwrite it.
+
+    Layer-wise reload holds what it was given until a layer's last weight is there. Whole layers have copied it.
+    """
+    lent = buffer.untyped_storage().data_ptr()
+
+    def owned(value: Any) -> Any:
+        held = isinstance(value, Tensor) and not value.is_meta and value.untyped_storage().data_ptr() == lent
+        return value.clone() if held else value
+
+    for layer in model.modules():
+        for _, call in layerwise.get_layerwise_info(layer).loaded_weights:
+            call.arguments.update(tree_map(owned, dict(call.arguments)))
 
 
 def count_uses(model: torch.nn.Module) -> Counter[int]:
@@ -158,6 +196,49 @@ def repack_experts_on_load(model: torch.nn.Module) -> None:
             method.moe_kernel = None  # type: ignore[union-attr]
 
 
+class LookupMethod(UnquantizedEmbeddingMethod):
+    """vLLM's embedding without the copy of its weight that is packed for multiplication."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        pass
+
+
+def leave_lookups_unpacked(model: torch.nn.Module) -> None:
+    """Drop the packed copy of an embedding beside which the model has an output layer, tied or not: nothing reads it.
+
+    vLLM's CPU build packs it at every load all the same, the largest weight of a small model.
+    """
+    if not any(isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear") for module in model.modules()):
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if type(module) is VocabParallelEmbedding and type(method) is UnquantizedEmbeddingMethod:
+            module.quant_method = LookupMethod()
+            module.__dict__.pop("cpu_linear", None)
+
+
+@contextlib.contextmanager
+def lookups_loaded_in_place() -> Iterator[None]:
+    """Let layer-wise reload put an embedding together in the memory that serves it.
+
+    In memory of its own, made for the moment, every page of the largest weight would be a fault, at each sync.
+    """
+    materialize = layerwise.materialize_layer
+
+    def place(layer: torch.nn.Module, info: Any) -> None:
+        if isinstance(getattr(layer, "quant_method", None), LookupMethod) and info.kernel_tensors is not None:
+            for name, served in info.kernel_tensors[0].items():
+                if served.shape == getattr(layer, name).shape:
+                    setattr(layer, name, served)
+        materialize(layer, info)  # what is not there yet
+
+    layerwise.materialize_layer = place
+    try:
+        yield
+    finally:
+        layerwise.materialize_layer = materialize
+
+
 def repack_shared_weights(model: torch.nn.Module) -> None:
     """Rebuild the packed copy of every weight that several modules share, such as a tied lm_head.
 
@@ -172,10 +253,15 @@ def repack_shared_weights(model: torch.nn.Module) -> None:
 
 
 class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
-    """Trainer side: rank 0 packs and sends, the others walk the source in lockstep. A transport adds `send_bucket`."""
+    """Trainer side: rank 0 packs and sends, the others walk the source in lockstep. A transport adds `send_bucket`.
+
+    While the engines load a bucket, the next one is packed beside it.
+    """
 
     client: "RayWeightSyncClient"
     source: WeightSource
+    room: UInt8[Tensor, "bytes"]
+    """Where buckets are packed, on the sender alone; `rendezvous` makes it, of `room_for` bytes."""
 
     def __init__(
         self, init_info: BucketTrainerInitInfo, *, client: "RayWeightSyncClient", source: WeightSource | None
@@ -185,6 +271,8 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
         self.init_info = init_info
         self.sent_checksums: dict[str, int] = {}
+        self._loading: tuple[str, range, Callable[[], None]] | None = None
+        """What the engines load now: its name, its bytes in `room`, and how to wait for them."""
 
     @classmethod
     def trainer_init(
@@ -198,20 +286,16 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
         # Metadata may be a collective of the trainer ranks, so every rank asks for it.
         buckets = plan_buckets(engine.source.metadata(), init_info.bucket_bytes)
         if engine.is_sender:
-            engine.rendezvous(buckets)
+            engine.rendezvous(room_for(buckets, init_info.bucket_bytes))
         return engine
 
     @abstractmethod
-    def rendezvous(self, buckets: list[Bucket]) -> None:
-        """Open the way to the engines' workers, on the sender alone; `buckets` are what a sync would send now."""
+    def rendezvous(self, nbytes: int) -> None:
+        """Open the way to the engines' workers, on the sender alone, and make `room` of so many bytes."""
 
     @abstractmethod
-    def buffer(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:
-        """Where to pack the bucket."""
-
-    @abstractmethod
-    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> None:
-        """Bring the bucket to every worker and return when all have loaded it."""
+    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], None]:
+        """Begin to bring the bucket to every worker; what is returned waits until all have loaded it."""
 
     def send_weights(self) -> None:
         buckets = plan_buckets(self.source.metadata(), self.init_info.bucket_bytes)
@@ -223,17 +307,41 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
         self.client.start_weight_update()
         for bucket in buckets:
             self._send(bucket, pairs)
+        self._settle()
         extra = next(pairs, None)
         if extra is not None:
             raise ValueError(f"the weight source yields {extra[0]} after the last tensor its metadata declares")
         self.client.finish_weight_update()
 
     def _send(self, bucket: Bucket, pairs: Iterator[tuple[str, Tensor]]) -> None:
+        begin = self._place(bucket)
         self.client.stage = f"packing {bucket}"
-        buffer = self.buffer(bucket)
+        buffer = self.room[begin : begin + bucket.nbytes]
         pack(bucket, pairs, buffer)
         sums = checksums(bucket, buffer) if self.init_info.verify else None
         if sums is not None:
             self.sent_checksums.update(zip(bucket.names, sums, strict=True))
+        self._settle()
         self.client.stage = f"sending {bucket}"
-        self.send_bucket(asdict(BucketUpdateInfo(**asdict(bucket), checksums=sums)), buffer)
+        update_info = asdict(BucketUpdateInfo(**asdict(bucket), begin=begin, checksums=sums))
+        busy = range(begin, begin + bucket.nbytes)
+        self._loading = (str(bucket), busy, self.send_bucket(update_info, buffer))
+
+    def _place(self, bucket: Bucket) -> int:
+        """Where in `room` the bucket may be packed now; waits for the engines where they still read all of it."""
+        room = self.room.numel()
+        if bucket.nbytes > room:
+            raise RuntimeError(f"{bucket} has {bucket.nbytes} bytes, the buffer {room}; connect again")
+        begin = place(bucket.nbytes, room=room, busy=self._loading[1] if self._loading else range(0))
+        if begin is None:
+            self._settle()
+            begin = 0
+        return begin
+
+    def _settle(self) -> None:
+        """Wait until the engines have loaded what was sent last."""
+        if self._loading is not None:
+            name, _, wait = self._loading
+            self.client.stage = f"sending {name}"
+            wait()
+            self._loading = None

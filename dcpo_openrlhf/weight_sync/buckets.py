@@ -83,6 +83,20 @@ def plan_buckets(params: Iterable[TensorMeta], bucket_bytes: int) -> list[Bucket
     ]
 
 
+def room_for(buckets: Sequence[Bucket], bucket_bytes: int) -> int:
+    """Bytes of a buffer that holds two buckets, one being loaded and one being packed; a larger tensor has it alone."""
+    sizes = [bucket.nbytes for bucket in buckets]
+    return max(*sizes, min(sum(sizes), 2 * _aligned(bucket_bytes)))
+
+
+def place(nbytes: int, *, room: int, busy: range) -> int | None:
+    """Where a bucket begins in a buffer of `room` bytes without touching those that are busy; None: it has to wait."""
+    for begin in (0, room - nbytes):
+        if begin >= busy.stop or begin + nbytes <= busy.start:
+            return begin
+    return None
+
+
 def pack(bucket: Bucket, pairs: Iterator[tuple[str, Tensor]], buffer: UInt8[Tensor, "bytes"]) -> None:
     """Copy the bucket's tensors, the next ones of `pairs`, into `buffer` and zero the gaps between them.
 
@@ -101,7 +115,8 @@ def pack(bucket: Bucket, pairs: Iterator[tuple[str, Tensor]], buffer: UInt8[Tens
                 "both must list the same tensors in the same order"
             )
         buffer[begin : begin + size].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        buffer[begin + size : end].zero_()
+        if begin + size < end:
+            buffer[begin + size : end].zero_()
 
 
 def unpack(bucket: Bucket, buffer: UInt8[Tensor, "bytes"]) -> list[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """The trainer's calls to the rollout engines during a weight sync, each bounded by the sync's deadline."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -28,6 +28,10 @@ class RayWeightSyncClient:
         self.engine_world_size = engine_world_size
         self.stage = "connecting"
         """What the sync is doing, for error messages."""
+        self.init_info: dict[str, Any] = {}
+        """What a handshake tells the engines beside the transport's own."""
+        self.sent_checksums: Callable[[], dict[str, int]] | None = None
+        """Where the transport compares nothing: name -> checksum of what was sent, asked for before a sync ends."""
         self._version: int | None = None
         self._ends = time.monotonic() + deadline_s
 
@@ -50,6 +54,9 @@ class RayWeightSyncClient:
         self.wait(self.post_update(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        if self.sent_checksums is not None:
+            self.stage = "comparing checksums"
+            self.compare(self.sent_checksums())
         self.stage = "finish_weight_update"
         if weight_version is None and self._version is not None:
             weight_version = str(self._version)
@@ -61,7 +68,7 @@ class RayWeightSyncClient:
         """One handshake call an engine; `rank_offset`, where a transport has it, counts on over the engines."""
         requests = []
         for index, engine in enumerate(self.engines):
-            info = dict(init_info)
+            info = init_info | self.init_info
             if "rank_offset" in info:
                 info["rank_offset"] += index * self.engine_world_size
             requests.append(engine.init_weight_transfer_engine.remote(WeightTransferInitRequest(init_info=info)))
@@ -71,9 +78,23 @@ class RayWeightSyncClient:
         request = ray.put(WeightTransferUpdateRequest(update_info=update_info))
         return [engine.update_weights.remote(request) for engine in self.engines]
 
-    def wait(self, calls: Sequence["ObjectRef"]) -> None:
-        """Return when every engine has answered. Raises WeightSyncError at the first failure or at the deadline."""
+    def compare(self, sent: dict[str, int]) -> None:
+        """Raise WeightSyncError, which names worker and tensors, where a worker loaded other bits than were sent."""
+        received = self.wait([engine.weight_checksums.remote() for engine in self.engines])
+        for engine, workers in enumerate(received):
+            for worker, sums in enumerate(workers):
+                wrong = [name for name in sent.keys() | sums.keys() if sent.get(name) != sums.get(name)]
+                if wrong:
+                    raise WeightSyncError(
+                        f"{self}: every worker must load the bits that were sent, but worker {worker} of engine "
+                        f"{engine} has others in {len(wrong)} of {len(sent)} tensors: {', '.join(sorted(wrong)[:3])}; "
+                        "do not use these weights, connect again"
+                    )
+
+    def wait(self, calls: Sequence["ObjectRef"]) -> list[Any]:
+        """Every engine's answer. Raises WeightSyncError at the first failure or at the deadline."""
         pending = list(calls)
+        answers: dict[Any, Any] = {}
         while pending:
             remaining = max(self._ends - time.monotonic(), 0.0)
             done, pending = ray.wait(pending, num_returns=1, timeout=remaining)
@@ -83,12 +104,13 @@ class RayWeightSyncClient:
                     f"{self} took more than {self.deadline_s:g} s while {self.stage}: {late} did not answer"
                 )
             try:
-                ray.get(done)
+                answers[done[0]] = ray.get(done[0])
             except Exception as error:
                 cause = getattr(error, "cause", None) or error  # Ray's own error repeats the remote traceback
                 raise WeightSyncError(
                     f"{self} failed while {self.stage}: engine {calls.index(done[0])}: {cause}"
                 ) from error
+        return [answers[call] for call in calls]
 
     def __str__(self) -> str:
         return "the weight-sync handshake" if self._version is None else f"the weight sync to version {self._version}"

@@ -54,9 +54,14 @@ class WeightSync:
         version = self.version + 1 if version is None else version
         begin = time.monotonic()
         self.client.begin(version)
+
+        def send() -> None:
+            wait_for_device()
+            self.engine.send_weights()
+
         try:
             within(
-                self.engine.send_weights,
+                send,
                 deadline_s=self.client.deadline_s,
                 what=lambda: f"{self.client} over {self.transport}, trainer rank {self.rank}, {self.client.stage},",
             )
@@ -68,7 +73,9 @@ class WeightSync:
 
     @property
     def checksums(self) -> dict[str, int]:
-        """name -> checksum of what the last sync sent; empty off rank 0, with checks off, and over nccl and ipc."""
+        """name -> checksum of what the last sync sent; empty off rank 0 and with checks off."""
+        if self.client.sent_checksums is not None:
+            return self.client.sent_checksums()
         return dict(getattr(self.engine, "sent_checksums", {}))
 
     def shutdown(self) -> None:
@@ -92,19 +99,27 @@ def connect(
     """The sync between this trainer rank and all `engines`; every rank calls it, with the same arguments but `rank`.
 
     engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of
-    shared_memory and gloo. host, port: where the engines reach trainer rank 0 over gloo or nccl (default: the address
-    Ray uses and a free port). nccl and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the
-    handshake fails or takes too long.
+    shared_memory and gloo. verify: an engine that holds other bits than were sent is an error. host, port: where the
+    engines reach trainer rank 0 over gloo or nccl (default: the address Ray uses and a free port). nccl and ipc are
+    vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or takes too long.
     """
     if transport not in TRANSPORTS:
         raise ValueError(f"weight_sync.transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     register()
     client = RayWeightSyncClient(engines, deadline_s, engine_world_size=engine_world_size)
     world_size = 1 + len(client.engines) * engine_world_size
+    if transport in ("nccl", "ipc"):
+        client.init_info = {"verify": verify}
+        if verify and rank == 0:
+            from dcpo_openrlhf.weight_sync.device import CheckedSource
+
+            source = CheckedSource(source)
+            client.sent_checksums = source.checksums
 
     def handshake() -> TrainerWeightTransferEngine:
         info = _init_info(
             transport,
+            source=source,
             rank=rank,
             world_size=world_size,
             host=host or ray.util.get_node_ip_address(),
@@ -126,6 +141,7 @@ def connect(
 def _init_info(
     transport: str,
     *,
+    source: WeightSource,
     rank: int,
     world_size: int,
     host: str,
@@ -143,14 +159,20 @@ def _init_info(
         from dcpo_openrlhf.weight_sync.gloo import GlooTrainerInitInfo
 
         return GlooTrainerInitInfo(host=host, port=port or 0, world_size=world_size, **common)
+    from dcpo_openrlhf.weight_sync import device
+
     if transport == "nccl":
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        return device.nccl_init_info(host, port or _free_port(), rank=rank, world_size=world_size)
+    return device.ipc_init_info(source, rank=rank)
 
-        port = port or _free_port()
-        return NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=world_size, rank=rank)
-    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    return IPCTrainerInitInfo(rank=rank, packed=True)
+def wait_for_device() -> None:
+    """Return when this rank's device has done what is queued: the optimizer's copies, the gathering of new weights.
+
+    vLLM packs nccl's messages in streams of its own, which do not wait for the one that these are queued in.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def within[T](work: Callable[[], T], *, deadline_s: float, what: Callable[[], str]) -> T:

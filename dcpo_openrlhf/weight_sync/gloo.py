@@ -1,5 +1,6 @@
 """Transport for engines on other hosts: trainer rank 0 broadcasts each bucket to all workers over gloo."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -39,6 +40,8 @@ class GlooWorkerEngine(BucketWorkerEngine[GlooInitInfo]):
     init_info_cls = GlooInitInfo
     _store: TCPStore | None = None
     _group: ProcessGroupGloo | None = None
+    _buffer: Tensor | None = None
+    """Of the largest bucket so far: a new one for each would be page faults, slower than what arrives."""
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
@@ -47,16 +50,18 @@ class GlooWorkerEngine(BucketWorkerEngine[GlooInitInfo]):
         self._store = TCPStore(init_info.host, init_info.port, timeout=timeout)
         self._group = _group(self._store, rank=rank, world_size=init_info.world_size, timeout=timeout)
 
-    def receive_bucket(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:
+    def receive_bucket(self, bucket: Bucket, begin: int) -> UInt8[Tensor, "bytes"]:
         if self._group is None:
             raise RuntimeError(f"{bucket} announced before the gloo group was formed; connect first")
-        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        if self._buffer is None or self._buffer.numel() < bucket.nbytes:
+            self._buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        buffer = self._buffer[: bucket.nbytes]
         # Bounded by the group's timeout, which is the sync's deadline.
         _broadcast(self._group, buffer).wait()
         return buffer
 
     def shutdown(self) -> None:
-        self._group = self._store = None
+        self._group = self._store = self._buffer = None
 
 
 class GlooTrainerEngine(BucketTrainerEngine):
@@ -65,7 +70,8 @@ class GlooTrainerEngine(BucketTrainerEngine):
     _store: TCPStore | None = None
     _group: ProcessGroupGloo | None = None
 
-    def rendezvous(self, buckets: list[Bucket]) -> None:
+    def rendezvous(self, nbytes: int) -> None:
+        self.room = torch.empty(nbytes, dtype=torch.uint8)
         info = self.init_info
         timeout = timedelta(seconds=info.deadline_s)
         self._store = TCPStore(info.host, info.port, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -81,20 +87,22 @@ class GlooTrainerEngine(BucketTrainerEngine):
         self._group = _group(self._store, rank=0, world_size=info.world_size, timeout=timeout)
         self.client.wait(joined)
 
-    def buffer(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:
-        return torch.empty(bucket.nbytes, dtype=torch.uint8)
-
-    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> None:
+    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], None]:
         if self._group is None:
             raise RuntimeError("the gloo group is closed; connect again")
-        # The broadcast runs in gloo's own threads, so an engine that fails is seen here at once and not at the timeout.
+        # The broadcast runs in gloo's own threads, so an engine that fails is seen at once and not at the timeout.
         received = self.client.post_update(update_info)
         sent = _broadcast(self._group, buffer)
-        self.client.wait(received)
-        sent.wait()
+
+        def wait() -> None:
+            self.client.wait(received)
+            sent.wait()
+
+        return wait
 
     def shutdown(self) -> None:
         self._group = self._store = None
+        del self.room
 
 
 def _group(store: TCPStore, *, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:

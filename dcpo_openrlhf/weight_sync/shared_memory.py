@@ -1,8 +1,9 @@
-"""Transport for engines on the trainer's host: one bucket of shared memory, read by every worker."""
+"""Transport for engines on the trainer's host: shared memory that the trainer packs and every worker loads from."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ class SharedMemoryWorkerEngine(BucketWorkerEngine[SharedMemoryInitInfo]):
             )
         self._shared = _map(init_info.path, init_info.nbytes)
 
-    def receive_bucket(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:
+    def receive_bucket(self, bucket: Bucket, begin: int) -> UInt8[Tensor, "bytes"]:
         if self._shared is None:
             raise RuntimeError(f"{bucket} announced before the shared memory was opened; connect first")
-        return self._shared[: bucket.nbytes].clone()
+        return self._shared[begin : begin + bucket.nbytes]
 
     def shutdown(self) -> None:
         self._shared = None
@@ -52,31 +53,24 @@ class SharedMemoryWorkerEngine(BucketWorkerEngine[SharedMemoryInitInfo]):
 
 class SharedMemoryTrainerEngine(BucketTrainerEngine):
     init_info_cls = SharedMemoryTrainerInitInfo
-    _shared: Tensor | None = None
 
-    def rendezvous(self, buckets: list[Bucket]) -> None:
-        nbytes = max(bucket.nbytes for bucket in buckets)
+    def rendezvous(self, nbytes: int) -> None:
         handle, path = tempfile.mkstemp(prefix="dcpo_weights_", dir=_directory(nbytes))
         try:
             os.truncate(handle, nbytes)
-            self._shared = _map(path, nbytes)
+            self.room = _map(path, nbytes)
             self.client.init_weight_transfer_engine({"path": path, "nbytes": nbytes})
         finally:
             # The mappings live on; without a name nothing is left behind, however the processes end.
             os.close(handle)
             os.unlink(path)
 
-    def buffer(self, bucket: Bucket) -> UInt8[Tensor, "bytes"]:
-        if self._shared is None or bucket.nbytes > self._shared.numel():
-            size = 0 if self._shared is None else self._shared.numel()
-            raise RuntimeError(f"{bucket} has {bucket.nbytes} bytes, the shared memory {size}; connect again")
-        return self._shared[: bucket.nbytes]
-
-    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> None:
-        self.client.update_weights(update_info)
+    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], None]:
+        loaded = self.client.post_update(update_info)
+        return lambda: self.client.wait(loaded)
 
     def shutdown(self) -> None:
-        self._shared = None
+        del self.room
 
 
 def _map(path: str, nbytes: int) -> UInt8[Tensor, "bytes"]:

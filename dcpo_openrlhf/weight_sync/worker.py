@@ -56,7 +56,7 @@ class WorkerExtension:
         _weight_update_active: bool
 
     def weight_checksums(self) -> dict[str, int]:
-        """name -> checksum of what the last sync brought to this worker; empty before it, and over nccl and ipc."""
+        """name -> checksum of what the last sync brought to this worker; empty before it and with checks off."""
         return dict(getattr(self.weight_transfer_engine, "received_checksums", {}))
 
     def abort_weight_update(self) -> None:

@@ -90,7 +90,7 @@ def test_bytes_that_change_on_the_way_are_noticed(engine, folders, monkeypatch):
     def corrupt(update_info, buffer):
         if update_info["index"] == 2:
             buffer[5] += 1
-        send(update_info, buffer)
+        return send(update_info, buffer)
 
     monkeypatch.setattr(sync.engine, "send_bucket", corrupt)
     with pytest.raises(WeightSyncError, match=r"engine 0.*bucket 3 of \d+.*arrived with checksum"):
@@ -155,6 +155,39 @@ def test_client_names_the_engine_that_fails_or_hangs():
     client.begin(3)
     with pytest.raises(WeightSyncError, match="more than 10 s while start_weight_update: engine 1 did not answer"):
         client.start_weight_update()
+
+
+def test_client_finishes_no_sync_of_which_a_worker_has_other_bits():
+    class Engine:  # local, so that its process need not import this module
+        finished = 0
+
+        def __init__(self, *workers):
+            self.workers = workers
+
+        def weight_checksums(self):
+            return list(self.workers)
+
+        def finish_weight_update(self, version):
+            self.finished += 1
+
+        def count(self):
+            return self.finished
+
+    sent = {"a": 1, "b": 2, "c": 3}
+    remote = ray.remote(num_cpus=0)(Engine).remote
+    good, other, partial = remote(sent, sent), remote(sent, sent | {"b": 7}), remote({"a": 1, "b": 2}, sent)
+    for wrong, worker, name in ((other, 1, "b"), (partial, 0, "c")):
+        client = RayWeightSyncClient([good, wrong], HANG_S, engine_world_size=2)
+        client.sent_checksums = lambda: sent
+        client.begin(3)
+        with pytest.raises(
+            WeightSyncError, match=rf"version 3: .* worker {worker} of engine 1 has others in 1 of 3 tensors: {name};"
+        ):
+            client.finish_weight_update()
+    assert ray.get([engine.count.remote() for engine in (good, other, partial)]) == [0, 0, 0]
+    client.engines = [good]
+    client.finish_weight_update()
+    assert ray.get(good.count.remote()) == 1
 
 
 def test_client_gives_each_engine_its_own_ranks():

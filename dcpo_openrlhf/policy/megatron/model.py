@@ -194,7 +194,10 @@ class HFWeights:
 
 @torch.no_grad()
 def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors of the live model, one at a time, on every rank; all ranks iterate in step."""
+    """Full Hugging Face tensors of the live model, one at a time, on every rank; all ranks iterate in step.
+
+    Where nothing must be gathered they are views of the weights, which the next update changes.
+    """
     stages: Any = parallel_state.get_pipeline_model_parallel_group()
     experts: Any = parallel_state.get_expert_model_parallel_group()
     stage = dist.get_rank(stages)

@@ -4,7 +4,7 @@ Import, sync and export read it.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class Shape:
 Shard = Callable[[list[Tensor], int, int, Shape], Tensor]
 """(Hugging Face tensors, rank, size, shape) -> this rank's Megatron tensor."""
 Merge = Callable[[list[Tensor], Shape], list[Tensor]]
-"""(Megatron tensors of all ranks, shape) -> Hugging Face tensors."""
+"""(Megatron tensors of all ranks, shape) -> Hugging Face tensors, which may be views of a single rank's."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,14 @@ def _shard_qkv(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tensor:
 
 
 def _merge_qkv(shards: list[Tensor], s: Shape) -> list[Tensor]:
-    group = torch.cat(shards).unflatten(0, (s.kv_heads, -1))
+    group = _join(shards).unflatten(0, (s.kv_heads, -1))
     q_rows = s.heads // s.kv_heads * s.head_dim
     return [t.flatten(0, 1).contiguous() for t in group.split([q_rows, s.head_dim, s.head_dim], dim=1)]
+
+
+def _join(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The whole; a single shard as it is, since every copy of a model's weights is seconds of a weight sync."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
 
 
 def _shard_vocabulary(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tensor:
@@ -58,12 +63,12 @@ def _shard_vocabulary(hf: list[Tensor], rank: int, size: int, s: Shape) -> Tenso
 
 
 REPLICATED = Cut(lambda hf, rank, size, s: hf[0], lambda shards, s: [shards[0]], dim=None)
-COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [torch.cat(shards, 1)], dim=1)
-VOCABULARY = Cut(_shard_vocabulary, lambda shards, s: [torch.cat(shards)[: s.vocab_size]])
+COLUMNS = Cut(lambda hf, rank, size, s: hf[0].chunk(size, 1)[rank], lambda shards, s: [_join(shards, 1)], dim=1)
+VOCABULARY = Cut(_shard_vocabulary, lambda shards, s: [_join(shards)[: s.vocab_size]])
 QKV = Cut(_shard_qkv, _merge_qkv)
 GATE_UP = Cut(  # each rank holds [its rows of gate; its rows of up]
     lambda hf, rank, size, s: torch.cat([t.chunk(size)[rank] for t in hf]),
-    lambda shards, s: [torch.cat(part).contiguous() for part in zip(*(t.chunk(2) for t in shards), strict=True)],
+    lambda shards, s: [_join(part) for part in zip(*(t.chunk(2) for t in shards), strict=True)],
 )
 
 _HF = "model.layers.{layer}."
