@@ -60,6 +60,14 @@ class DCPOExperience(Experience):
         assert self.action_mask is not None
         return self.action_mask.bool()
 
+    @property
+    def success(self) -> Float[Tensor, " batch"]:
+        """R in {0, 1} of each row, OpenRLHF's `scores`; the reward for rows that name none, where that is 0 or 1."""
+        success = self.rewards if self.scores is None else self.scores
+        if not bool(((success == 0) | (success == 1)).all()):
+            raise ValueError(f"success must be 0 or 1, got {success.tolist()[:8]}; grade these rows with a success")
+        return success
+
     def rows(self) -> Rows:
         """What the policy is trained on in this update."""
         own = Rows(
@@ -195,7 +203,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:
         """T and alpha from this batch's entropy and success rate, then each update's advantages."""
         exact, sampled = batch_entropies(experiences)
-        success_rate = float(torch.cat([e.rewards for e in experiences]).mean())
+        success_rate = float(torch.cat([e.success for e in experiences]).mean())
         self.decision = self.controller.step(exact, sampled, success_rate)
         for e, tempered_logp in zip(experiences, self._tempered(experiences, self.decision.temperature), strict=True):
             self._set_advantages(e, tempered_logp)
@@ -216,7 +224,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             group_advantage=torch.zeros_like(rewards)
             if tempered
             else objectives.group_advantage(reward=rewards - self._penalty(e), group_size=t.group_size),
-            success=rewards,
+            success=e.success,
             target_ratio=e.target_ratio,
             entropy=e.entropy,
             alpha=alpha,
@@ -234,7 +242,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
                 **c.model_dump(),
             )
         e.entropy_coefficient = m.entropy_coefficient if self.method.entropy_gradient else 0.0
-        e.expected_weight = methods.expected_weight(self.method, success=rewards, alpha=alpha, mixing=m.mixing)
+        e.expected_weight = methods.expected_weight(self.method, success=e.success, alpha=alpha, mixing=m.mixing)
         e.expected_temperature = self.decision.temperature if self.method.expected_regulariser else None
 
     def _add_tempered_rows(self, experiences: list[DCPOExperience]) -> None:

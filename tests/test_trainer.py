@@ -1,5 +1,7 @@
 """What the trainer does between rollout and update: grades, and refuses responses of other weights."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 
 from dcpo_openrlhf.assemble import make_controller
 from dcpo_openrlhf.recipe.schema import Recipe
-from dcpo_openrlhf.reward.pool import GraderPool
+from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.trainer import DCPOTrainer, Stopwatch
 
 TEXTS = {5: "It is 7", 6: "It is 8", 7: "7 and on and on"}
@@ -46,7 +48,16 @@ def test_a_response_that_was_cut_off_earns_nothing_where_the_end_is_required(req
             trainer(recipe, grader), [sample(5), sample(6, truncated=True), sample(7, truncated=True)]
         )
     assert texts == list(TEXTS.values())
-    assert [g.reward for g in grades] == expected
+    assert [g.reward for g in grades] == [g.success for g in grades] == expected
+
+
+def test_an_evaluation_counts_successes_and_names_the_mean_reward_apart(tmp_path: Path) -> None:
+    grades = [Grade(-1.5, "7", success=1.0), Grade(0.5, "8", success=0.0)]
+    fake = trainer(make_recipe(run={"dir": str(tmp_path)}))
+    fake.heldout, fake._generate, fake._grade = [object()], lambda *_, **__: [], lambda _: ([], grades)
+    assert DCPOTrainer.evaluate(fake, 4) == 0.5
+    row = json.loads((tmp_path / "evaluation.jsonl").read_text())
+    assert row == {"step": 4, "heldout_accuracy": 0.5, "heldout_reward": -0.5, "responses": 2}
 
 
 def test_stopwatch_laps_add_up_to_the_step() -> None:

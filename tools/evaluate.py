@@ -98,7 +98,7 @@ def score(job: Job, samples: dict[Key, Sample], pool: GraderPool) -> tuple[Resul
     grades = pool.grade([s.response for s in chosen], [answer_of[s.key[0]] for s in chosen])
     correct = dict.fromkeys(answer_of, 0)
     for (id, _), grade in zip(keys, grades, strict=True):
-        correct[id] += grade.reward == 1.0
+        correct[id] += grade.success == 1.0
     n, counts = job.samples, list(correct.values())
     sizes = sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
     result = Result(

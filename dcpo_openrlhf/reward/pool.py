@@ -14,29 +14,17 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from dcpo_openrlhf.reward.compare import check_answers, settle
 from dcpo_openrlhf.reward.extract import EXTRACTORS, Extractor
+from dcpo_openrlhf.reward.grades import Grade
 from dcpo_openrlhf.reward.worker import EQUAL, READY
 
 
 class GraderError(RuntimeError):
     """The grader itself cannot work; never raised for a bad response, which is graded 0."""
-
-
-@dataclass(frozen=True)
-class Grade:
-    """What one response earned."""
-
-    reward: float
-    """1.0 or 0.0."""
-    extracted: str | None
-    """The final answer as found in the response; None where the asked form is absent."""
-    timed_out: bool = False
-    crashed: bool = False
 
 
 START_LIMIT_S = 600.0  # importing mpmath takes 0.2 s, much longer where all cores are busy
