@@ -1,26 +1,69 @@
-"""From responses to grades: their texts, what each earns, and the few that the run folder keeps."""
+"""From responses to grades: their texts, what each earns, what a grader failed on, and what the run folder keeps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcpo_openrlhf.reward.pool import Grade, GraderPool
-from dcpo_openrlhf.rollout.tasks import Prompt
+from dcpo_openrlhf.recipe.schema import Reward
+from dcpo_openrlhf.reward.pool import Grade, GraderPool, Question
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt
+
+NAMED = 8
+"""Problems that an event names; it counts them all."""
+
+
+def question(problem: Problem, prompt: str = "") -> Question:
+    """The problem as graders see it."""
+    return Question(problem.answer, prompt, problem.source, problem.metadata, problem.id)
 
 
 def grade_samples(
-    samples: Sequence[Any], *, tokenizer: Any, grader: GraderPool, require_end: bool
+    samples: Sequence[Any], prompts: Sequence[Prompt], *, tokenizer: Any, grader: GraderPool, reward: Reward
 ) -> tuple[list[str], list[Grade]]:
-    """The text of each response and what it earns."""
+    """The text of each response and what it earns; as many consecutive samples for each prompt."""
     tokens = [s.sequences[0, 1:][s.action_mask[0].bool()].tolist() for s in samples]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    grades = grader.grade(texts, [s.labels[0] for s in samples])
-    if require_end:
+    size = len(samples) // len(prompts)
+    questions = [question(p.problem, p.text) for p in prompts for _ in range(size)]
+    queries = None
+    if reward.functions:  # with their special tokens, as OpenRLHF gives them
+        queries = tokenizer.batch_decode([s.sequences[0].tolist() for s in samples], skip_special_tokens=False)
+    grades = grader.grade(texts, questions, queries=queries)
+    if reward.require_end:
         cut_off = [bool(s.truncated[0]) for s in samples]
         grades = [replace(g, reward=0.0, success=0.0) if cut else g for g, cut in zip(grades, cut_off, strict=True)]
     return texts, grades
+
+
+def failures(grades: Sequence[Grade], prompts: Sequence[Prompt], *, step: int) -> Iterator[dict[str, Any]]:
+    """One event for each way in which a reward function failed: the function, how often, on which problems."""
+    size = len(grades) // len(prompts)
+    found: dict[str, list[str]] = {}
+    for i, grade in enumerate(grades):
+        if grade.failure:
+            found.setdefault(grade.failure, []).append(prompts[i // size].problem.id)
+    for failure, ids in found.items():
+        unique = list(dict.fromkeys(ids))
+        names = ", ".join(map(repr, unique[:NAMED])) + (" ..." if len(unique) > NAMED else "")
+        text = f"reward function {failure}; {len(ids)} responses earn 0, to the problems {names}"
+        yield {
+            "step": step,
+            "cause": "reward_function",
+            "text": text,
+            "responses": len(ids),
+            "problems": unique[:NAMED],
+        }
+
+
+def mean_logs(grades: Sequence[Grade]) -> dict[str, float]:
+    """reward/NAME: the mean of each log over the grades that have it."""
+    values: dict[str, list[float]] = {}
+    for grade in grades:
+        for name, value in grade.logs.items():
+            values.setdefault(f"reward/{name}", []).append(value)
+    return {name: sum(some) / len(some) for name, some in values.items()}
 
 
 def keep_samples(
@@ -39,4 +82,5 @@ def keep_samples(
                 "success": grade.success,
                 "extracted": grade.extracted,
             }
+            row |= {"logs": grade.logs} if grade.logs else {}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -16,7 +16,7 @@ from dcpo_openrlhf import signals
 from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
-from dcpo_openrlhf.grading import grade_samples, keep_samples
+from dcpo_openrlhf.grading import failures, grade_samples, keep_samples, mean_logs
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics, correction_metrics
@@ -128,7 +128,8 @@ class DCPOTrainer(BasePPOTrainer):
         self.prompts.load_state_dict(state["prompts"])
         self.controller.load_state_dict(state["controller"])
         self.monitor.load_state_dict(state["monitor"])
-        self.grader.timeouts, self.grader.crashes = state["grader"]
+        counts = [*state["grader"], 0]  # older checkpoints know no failures
+        self.grader.timeouts, self.grader.crashes, self.grader.failures = counts[:3]
         self.history, self.before = state["history"], state["heldout_before"]
         self.begin -= 60 * state["minutes"]
         self.checkpoints.saved_step = self.point.step
@@ -145,7 +146,7 @@ class DCPOTrainer(BasePPOTrainer):
             "prompts": self.prompts.state_dict(),
             "controller": self.controller.state_dict(),
             "monitor": self.monitor.state_dict(),
-            "grader": [self.grader.timeouts, self.grader.crashes],
+            "grader": [self.grader.timeouts, self.grader.crashes, self.grader.failures],
             "history": list(self.history),
             "heldout": tasks.fingerprint(self.heldout),
             "heldout_before": self.before,
@@ -223,7 +224,7 @@ class DCPOTrainer(BasePPOTrainer):
         samples = self._generate(
             prompts, step=request, n_samples=size, temperature=temperature, top_p=self.recipe.rollout.top_p
         )
-        texts, grades = self._grade(samples)
+        texts, grades = self._grade(samples, prompts, step)
         for sample, grade in zip(samples, grades, strict=True):
             sample.rewards = sample.info["reward"] = torch.tensor([grade.reward])
             sample.scores = sample.info["success"] = torch.tensor([grade.success])
@@ -281,6 +282,8 @@ class DCPOTrainer(BasePPOTrainer):
                 "dcpo/no_success_steps": float(self.controller.no_success_count),
                 "reward/timeouts": float(self.grader.timeouts),
                 "reward/crashes": float(self.grader.crashes),
+                "reward/failures": float(self.grader.failures),
+                **mean_logs(self.grades),
                 "weights/version": self.weights_version,
                 **status,
             },
@@ -311,7 +314,7 @@ class DCPOTrainer(BasePPOTrainer):
             temperature=e.temperature,
             top_p=e.top_p,
         )
-        grades = self._grade(samples)[1]
+        grades = self._grade(samples, self.heldout, global_step)[1]
         accuracy, reward = (
             sum(values) / len(grades) for values in ([g.success for g in grades], [g.reward for g in grades])
         )
@@ -362,10 +365,15 @@ class DCPOTrainer(BasePPOTrainer):
                 **sampling,
             )
 
-    def _grade(self, samples: list[Any]) -> tuple[list[str], list[Grade]]:
-        """The text of each response and what it earns."""
-        require_end = self.recipe.reward.require_end
-        return grade_samples(samples, tokenizer=self.tokenizer, grader=self.grader, require_end=require_end)
+    def _grade(self, samples: list[Any], prompts: Sequence[tasks.Prompt], step: int) -> tuple[list[str], list[Grade]]:
+        """The text of each response and what it earns; what a reward function failed on is told."""
+        texts, grades = grade_samples(
+            samples, prompts, tokenizer=self.tokenizer, grader=self.grader, reward=self.recipe.reward
+        )
+        for event in failures(grades, prompts, step=step):
+            self.log.line(event)
+            logger.warning("step %d: %s", step, event["text"])
+        return texts, grades
 
 
 class Stopwatch:

@@ -59,8 +59,10 @@ METRICS: dict[str, str] = {
     "policy/entropy": "H of pi_theta during the updates [nats/token]",
     "policy/grad_norm": "global gradient norm before clipping",
     "policy/learning_rate": "learning rate",
-    "reward/timeouts": "comparisons so far that ran past reward.deadline",
-    "reward/crashes": "grader processes so far that died",
+    "reward/timeouts": "responses so far that earned 0 since their grading ran past reward.deadline",
+    "reward/crashes": "responses so far that earned 0 since their grader's process died",
+    "reward/failures": "responses so far that earned 0 since a reward function raised or gave no number; events.jsonl",
+    "reward/NAME": "mean of the `logs` NAME that a reward function gives, over the responses that have one",
     "weights/version": "version of the weights that the engines serve after this step",
     "monitor/window": "steps behind the trends, at most monitor.window",
     "monitor/reward_change": "rise of the line through rollout/reward_mean over the window",
@@ -89,5 +91,5 @@ def unknown_metrics(names: Sequence[str]) -> Iterator[str]:
     """Names that METRICS does not explain."""
     for name in names:
         stem, _, number = name.rpartition("_")
-        if name not in METRICS and not (number.isdigit() and f"{stem}_N" in METRICS):
+        if name not in METRICS and not name.startswith("reward/") and not (number.isdigit() and f"{stem}_N" in METRICS):
             yield name

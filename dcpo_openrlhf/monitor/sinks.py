@@ -110,7 +110,11 @@ class MetricsLog:
             sink.write(step, metrics)
 
     def event(self, alert: Alert) -> None:
-        self._events.line(asdict(alert))
+        self.line(asdict(alert))
+
+    def line(self, event: dict[str, Any]) -> None:
+        """An event of another kind: it has a step and a cause."""
+        self._events.line(event)
 
     def close(self) -> None:
         for sink in (self._events, *self._sinks):

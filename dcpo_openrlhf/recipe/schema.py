@@ -4,19 +4,16 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dcpo_openrlhf.recipe.fields import Expanded, Fraction, Port, Positive
+from dcpo_openrlhf.recipe.fields import Expanded, Fraction, Port, Positive, Section
 from dcpo_openrlhf.recipe.processor import native_dtype
+from dcpo_openrlhf.recipe.reward import Reward
 from dcpo_openrlhf.recipe.rules import rules
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run: names the rule, the values seen and the remedy."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -66,24 +63,11 @@ class Task(Section):
     system: str | None = None
     chat: bool = True
     """Wrap the prompt with the tokenizer's chat template as one user turn."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
     """Further variables of the chat template, for example {enable_thinking: false} (Qwen3)."""
     date: datetime.date | None = None
     """The day that a chat template may write as today (YYYY-MM-DD). None: that of the run's first start, which resumes
     and replays keep; it is looked for only where the template asks."""
-
-
-class Reward(Section):
-    extractor: Literal["boxed", "last_integer"] = "boxed"
-    """Where the answer stands in a response: the last \\boxed{}, or the last integer."""
-    require_end: bool = False
-    """A response cut off at max_new_tokens earns 0, whatever it says."""
-    workers: Positive = 4
-    """Grader processes."""
-    deadline: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds for one comparison; then 0, a counted event and a fresh worker."""
-    batch_deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds for all comparisons of a step; what is left then earns 0 and is counted."""
 
 
 class Method(Section):
@@ -235,7 +219,7 @@ class Rollout(Section):
     """1 to train: what is drawn at another T is not drawn from pi_old. Any for train.rollout_only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1 the sampler is no longer pi_old and E[rho] != 1."""
-    stop: list[str] = []
+    stop: list[str] = []  # noqa: RUF012
     """Texts, each one token, that end a response, beside EOS and the end of turn of the chat template."""
     dtype: Literal["bfloat16", "float32", "auto"] = "auto"
     """Engine weights; auto follows model.dtype."""

@@ -1,8 +1,21 @@
-"""What a response earned: reward and success, two numbers."""
+"""What a grader may know of a response, and what the response earned: reward and success, two numbers."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Question(NamedTuple):
+    """What was asked, as far as graders may read it."""
+
+    answer: str
+    prompt: str = ""
+    """The text that the policy read."""
+    source: str = ""
+    metadata: Mapping[str, Any] = {}
+    """Every further key of the problem's line."""
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,8 @@ class Grade:
     """R in {0, 1}, DCPO's, and what counts as right. Not given: the reward, which must be 0 or 1 then."""
     logs: Mapping[str, float] = field(default_factory=dict)
     """Further numbers of this response; their means are metrics, reward/NAME."""
+    failure: str = ""
+    """Why a reward function gave nothing that can be used, with its name: the grade is 0 then. Empty for all else."""
 
     def __post_init__(self) -> None:
         if math.isnan(self.success):

@@ -175,7 +175,7 @@ def test_integers_start_no_worker():
     with GraderPool(workers=2, extractor="last_integer", deadline_s=1) as pool:
         grades = pool.grade(["It is 7.", "8", "seven"], ["7", "7", "7"])
         assert grades == [Grade(1.0, "7"), Grade(0.0, "8"), Grade(0.0, None)]
-        assert pool._workers == []
+        assert pool._workers.active == []
 
 
 def test_grades_keep_the_order_of_the_responses(pool):
@@ -212,14 +212,14 @@ def test_a_dead_worker_is_counted_and_replaced():
         grades = []
         thread = threading.Thread(target=lambda: grades.extend(pool.grade([boxed(HANGS)], [r"\frac{1}{2}"])))
         thread.start()
-        _wait_until(lambda: pool._workers and pool._workers[0].pair)
-        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        _wait_until(lambda: pool._workers.active and pool._workers.active[0].job)
+        os.kill(pool._workers.active[0].process.pid, signal.SIGKILL)
         thread.join()
         assert grades == [Grade(0.0, HANGS, crashed=True)]
         assert (pool.timeouts, pool.crashes) == (0, 1)
 
         assert pool.grade([boxed(ALSO_HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
-        idle = pool._workers[0].process
+        idle = pool._workers.active[0].process
         idle.kill()
         idle.wait()
         assert pool.grade([boxed(HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
@@ -229,7 +229,7 @@ def test_a_dead_worker_is_counted_and_replaced():
 def test_close_ends_the_workers():
     pool = GraderPool(workers=2, extractor="boxed", deadline_s=60)
     pool.grade([boxed(HALF), boxed(ALSO_HALF)], [r"\frac{1}{2}"] * 2)
-    processes = [worker.process for worker in pool._workers]
+    processes = [worker.process for worker in pool._workers.active]
     pool.close()
     pool.close()
     assert len(processes) == 2 and all(process.returncode is not None for process in processes)
@@ -245,7 +245,7 @@ gold = r"\\frac{1}{2}"
 assert pool.grade([r"\\boxed{\\sin\\frac{\\pi}{6}}"], [gold])[0].reward == 1.0
 if sys.argv[1] == "busy":
     threading.Thread(target=pool.grade, args=([rf"\\boxed{{{sys.argv[3]}}}"], [gold]), daemon=True).start()
-    while pool._workers[0].pair is None:
+    while pool._workers.active[0].job is None:
         pass
 if sys.argv[1] != "exit":
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,63 @@
+"""From responses to grades: what graders are given, what an event says, what metrics the logs become."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dcpo_openrlhf.grading import failures, grade_samples, mean_logs
+from dcpo_openrlhf.recipe.schema import Reward
+from dcpo_openrlhf.reward.pool import Grade, Question
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt
+
+PROMPTS = [Prompt(Problem(f"p{i}", "?", "7", "mine", metadata={"more": i}), f"<user> {i}") for i in range(2)]
+
+
+class FakeTokenizer:
+    def batch_decode(self, tokens: list[list[int]], *, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) + ("" if skip_special_tokens else " <end>") for row in tokens]
+
+
+class FakeGrader:
+    def grade(self, responses: list[str], questions: list[Question], *, queries: list[str] | None) -> list[Grade]:
+        self.seen = responses, questions, queries
+        return [Grade(2.5, "", success=1.0) for _ in responses]
+
+
+def sample(token: int, truncated: bool) -> Any:
+    return SimpleNamespace(
+        sequences=torch.tensor([[1, 2, token]]),
+        action_mask=torch.tensor([[0, 1]]),
+        labels=["7"],
+        truncated=torch.tensor([truncated]),
+    )
+
+
+def test_graders_are_given_the_whole_problem_and_openrlhfs_queries_where_a_function_grades() -> None:
+    samples, grader = [sample(5 + i, truncated=i == 3) for i in range(4)], FakeGrader()
+    reward = Reward(function="a:f", require_end=True)
+    texts, grades = grade_samples(samples, PROMPTS, tokenizer=FakeTokenizer(), grader=grader, reward=reward)  # type: ignore[arg-type]
+    assert texts == ["5", "6", "7", "8"]
+    first, second = (Question("7", f"<user> {i}", "mine", {"more": i}, f"p{i}") for i in range(2))
+    assert grader.seen == (texts, [first, first, second, second], [f"1 2 {i} <end>" for i in range(5, 9)])
+    assert [(g.reward, g.success) for g in grades] == [(2.5, 1.0)] * 3 + [(0.0, 0.0)]
+    grade_samples(samples, PROMPTS, tokenizer=FakeTokenizer(), grader=grader, reward=Reward())  # type: ignore[arg-type]
+    assert grader.seen[2] is None
+
+
+def test_an_event_names_the_function_and_the_problems() -> None:
+    bad = Grade(0.0, None, failure="f.py:f: ValueError: no")
+    (event,) = failures([Grade(1.0, ""), bad, bad, bad], PROMPTS, step=4)
+    assert (event["step"], event["cause"], event["responses"], event["problems"]) == (
+        4,
+        "reward_function",
+        3,
+        ["p0", "p1"],
+    )
+    assert event["text"] == "reward function f.py:f: ValueError: no; 3 responses earn 0, to the problems 'p0', 'p1'"
+    assert list(failures([Grade(1.0, "")] * 4, PROMPTS, step=4)) == []
+
+
+def test_logs_become_means_over_the_responses_that_have_them() -> None:
+    grades = [Grade(1.0, "", logs={"length": 2.0, "form": 1.0}), Grade(0.0, "", logs={"length": 4.0}), Grade(0.0, None)]
+    assert mean_logs(grades) == {"reward/length": 3.0, "reward/form": 1.0}
