@@ -172,6 +172,12 @@ def test_graders_by_source_are_checked_against_the_data(main: Main, tmp_path: Pa
     assert "reward.by_source names tset, the source of no problem; the sources are other, test" in err
 
 
+def test_tests_that_cannot_be_read_are_an_error_before_a_run(main: Main, tmp_path: Path) -> None:
+    code = [PROBLEM | {"tests": ["assert f(1) == 2"]}, PROBLEM | {"id": "b", "tests": ["assert f(1"]}]
+    err = error_of(main("task.kind=jsonl", jsonl(tmp_path, *code), "reward.extractor=python_tests"), tmp_path)
+    assert err.startswith(f'error: {tmp_path}/train.jsonl:2: grader "python_tests" cannot read the tests (SyntaxError')
+
+
 def test_half_a_surrogate_in_the_template(main: Main, tmp_path: Path) -> None:
     err = error_of(main("task.template={problem}\udcff"), tmp_path)
     assert r"holds half of a surrogate pair, \udcff at character" in err

@@ -6,12 +6,13 @@ from pydantic import Field
 
 from dcpo_openrlhf.recipe.fields import Positive, Section
 
-BuiltIn = Literal["boxed", "last_integer"]
+BuiltIn = Literal["boxed", "last_integer", "choice", "python_tests"]
 
 
 class Reward(Section):
     extractor: BuiltIn = "boxed"
-    """Where the answer stands in a response: the last \\boxed{}, or the last integer."""
+    """What is graded of a response: the last \\boxed{}, the last integer, the letter that it chooses, or the program in
+    its last fenced block, by the problem's tests."""
     function: str | None = None
     """In place of extractor, a function of yours: FILE.py:NAME or import.path:NAME (docs/bring_your_own.md)."""
     by_source: dict[str, str] = {}  # noqa: RUF012  (pydantic copies it)

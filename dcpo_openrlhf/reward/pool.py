@@ -4,12 +4,14 @@ What needs no algebra is settled here. Symbolic comparisons, tests and reward fu
 where no signal handler of Python runs: they run in worker processes (processes.py) that are killed at a deadline.
 """
 
+import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from dcpo_openrlhf.reward.cases import Checks, checks_of, program_of
 from dcpo_openrlhf.reward.compare import check_answers, settle
 from dcpo_openrlhf.reward.extract import EXTRACTORS
 from dcpo_openrlhf.reward.grades import Grade, Question
@@ -17,7 +19,9 @@ from dcpo_openrlhf.reward.processes import CRASHED, TIMED_OUT, GraderError, Job,
 
 __all__ = ["BUILT_IN", "Grade", "GraderError", "GraderPool", "Question", "check_question", "chosen_grader"]
 
-BUILT_IN = tuple(EXTRACTORS)
+logger = logging.getLogger(__name__)
+PYTHON_TESTS = "python_tests"
+BUILT_IN = (*EXTRACTORS, PYTHON_TESTS)
 
 
 def chosen_grader(source: str, *, default: str, by_source: Mapping[str, str]) -> str:
@@ -28,7 +32,9 @@ def chosen_grader(source: str, *, default: str, by_source: Mapping[str, str]) ->
 
 def check_question(grader: str, question: Question) -> None:
     """Raise ValueError for an unknown grader, or a question that a built-in one cannot grade. For a run's start."""
-    if ":" not in grader:
+    if grader == PYTHON_TESTS:
+        checks_of(question)
+    elif ":" not in grader:
         check_answers(grader, [question.answer])
 
 
@@ -60,8 +66,8 @@ class GraderPool:
         """
         self._default, self._by_source = extractor, dict(by_source or {})
         for grader in (extractor, *self._by_source.values()):
-            if ":" not in grader:
-                check_answers(grader, [])
+            if ":" not in grader and grader not in BUILT_IN:
+                raise ValueError(f"extractor must be one of {', '.join(BUILT_IN)}, or FILE.py:NAME, not {grader!r}")
         if workers < 1 or deadline_s <= 0:
             raise ValueError(f"a pool needs workers >= 1 and deadline_s > 0, not {workers} and {deadline_s}")
         self.timeouts = 0  # responses graded 0 since their grading took longer than deadline_s
@@ -69,7 +75,7 @@ class GraderPool:
         self.failures = 0  # responses graded 0 since a reward function raised, or gave no number for them
         self._batch_size, self._threshold = batch_size, success_threshold
         self._workers = Workers(workers, deadline_s=deadline_s, batch_deadline_s=batch_deadline_s)
-        self._lock = threading.Lock()
+        self._lock, self._told = threading.Lock(), set[str]()
 
     def __enter__(self) -> "GraderPool":
         return self
@@ -109,6 +115,11 @@ class GraderPool:
                 batches = _batches(some, asked, self._batch_size)
                 jobs += [_Call(grader, batch, asked, responses, queries, self._threshold) for batch in batches]
                 continue
+            if grader == PYTHON_TESTS:
+                tested = [(i, program_of(responses[i]), checks_of(asked[i])) for i in some]
+                jobs += [_Tested(i, program, tests) for i, program, tests in tested if program is not None]
+                grades |= {i: Grade(0.0, None) for i, program, _ in tested if program is None}
+                continue
             check_answers(grader, [asked[i].answer for i in some])
             comparisons: dict[tuple[str, str], _Comparison] = {}
             for i in some:
@@ -124,10 +135,36 @@ class GraderPool:
                 raise GraderError("the grader pool is closed; make a new one")
             for job in self._workers.run(jobs):
                 grades |= job.grades()  # type: ignore[attr-defined]
+                if isinstance(job, _Tested):
+                    self._tell(job.lacking)
         self.timeouts += sum(g.timed_out for g in grades.values())
         self.crashes += sum(g.crashed for g in grades.values())
         self.failures += sum(bool(g.failure) and not g.timed_out and not g.crashed for g in grades.values())
         return [grades[i] for i in range(len(responses))]
+
+    def _tell(self, lacking: Sequence[str]) -> None:
+        """What programs under test can do here that they should not, once."""
+        for what in lacking:
+            if what not in self._told:
+                self._told.add(what)
+                logger.warning("python_tests: this kernel lets no process give up %s", what)
+
+
+class _Tested(Job):
+    """Whether a program passes its tests; the worker ends it at its deadline by itself."""
+
+    def __init__(self, row: int, program: str, tests: Checks) -> None:
+        super().__init__({"program": program, "code": tests.code, "cases": tests.cases}, grace_s=4.0)
+        self._row, self._program = row, program
+
+    @property
+    def lacking(self) -> Sequence[str]:
+        return self.reply["lacking"] if self.lost is None else ()
+
+    def grades(self) -> dict[int, Grade]:
+        found = {"passed": False, "timed_out": self.lost == TIMED_OUT} if self.lost is not None else self.reply
+        passed, timed_out, crashed = bool(found["passed"]), found["timed_out"], self.lost == CRASHED
+        return {self._row: Grade(float(passed), self._program, timed_out, crashed)}
 
 
 class _Comparison(Job):

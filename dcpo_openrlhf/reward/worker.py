@@ -17,12 +17,20 @@ Handler = Callable[[dict[str, Any]], Any]
 
 
 def built_in(deadline_s: float) -> Handler:
-    """What answers {"gold", "found"} with whether they are equal, {"response", "tests"} with whether it passes them."""
+    """What answers {"gold", "found"} with whether they are equal, {"program", "code", "cases"} with `code.passes`."""
     import mpmath  # noqa: F401  # before READY, so that no comparison pays for it
 
+    from dcpo_openrlhf.reward import code, sandbox
+    from dcpo_openrlhf.reward.cases import Checks
     from dcpo_openrlhf.reward.compare import symbolic_equal
 
+    if sys.platform == "linux":
+        sandbox.hide_memory()  # which holds the tests
+
     def answer(job: dict[str, Any]) -> Any:
+        if "program" in job:
+            tests = Checks(tuple(job["code"]), tuple((given, expected) for given, expected in job["cases"]))
+            return code.passes(job["program"], tests, deadline_s=deadline_s)
         return symbolic_equal(job["gold"], job["found"])
 
     return answer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dcpo_openrlhf.reward.compare import grade
-from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, last_integer
+from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, extract_choice, last_integer
 from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
 from tests.bounds import HANG_S
 
@@ -110,6 +110,56 @@ def test_last_integer(text, expected):
 )
 def test_as_integer(text, expected):
     assert as_integer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (r"So it is \boxed{B}.", "B"),
+        (r"\boxed{\text{(C)}}", "C"),
+        (r"\boxed{\textbf{D}}", "D"),
+        (r"\boxed{B: 12 apples}", "B"),
+        (r"\boxed{12}", None),
+        (r"\boxed{A, B}", None),
+        (r"The answer is A. No: \boxed{C}", "C"),
+        (r"I box \boxed{C} first, but the answer is (D).", "D"),
+        ("The answer is (B).", "B"),
+        ("the answer is: **J**", "J"),
+        ("Answer: C", "C"),
+        ("**Answer:** $D$", "D"),
+        ("Answer: $\\boxed{E}$", "E"),
+        ("The correct answer is option B, since A is too small.", "B"),
+        ("The answer is A because of B.", "A"),
+        ("The answer choice is (I) 5", "I"),
+        ("First the answer is A. Then the answer is B.", "B"),
+        ("The answer is A or B", None),
+        ("The answer is (A) and (B)", None),
+        ("Answer: A, C", None),
+        ("The answer is I think B", None),
+        ("The answer is A dog", None),
+        ("The answer is a", None),
+        ("The answer is K", None),
+        ("The answer is 12", None),
+        ("The answer is Both", None),
+        ("B", "B"),
+        ("Let me see.\n\n(B)", "B"),
+        ("**C**.", "C"),
+        ("A B C D", None),
+        ("Options: A, B, C or D. It could be A.", None),
+        ("", None),
+    ],
+)
+def test_extract_choice(text, letter):
+    assert extract_choice(text) == letter
+
+
+def test_a_choice_is_graded_by_its_letter():
+    with GraderPool(workers=1, extractor="choice", deadline_s=5) as pool:
+        grades = pool.grade(["The answer is (B).", "Answer: B", "Answer: C", "no idea"], ["B", "(B)", "B", "B"])
+        assert grades == [Grade(1.0, "B"), Grade(1.0, "B"), Grade(0.0, "C"), Grade(0.0, None)]
+        assert pool._workers.active == []
+        with pytest.raises(ValueError, match="needs a letter from A to J, not '12'"):
+            pool.grade(["12"], ["12"])
 
 
 @pytest.mark.parametrize(
