@@ -20,7 +20,13 @@ def question(problem: Problem, prompt: str = "") -> Question:
 
 
 def grade_samples(
-    samples: Sequence[Any], prompts: Sequence[Prompt], *, tokenizer: Any, grader: GraderPool, reward: Reward
+    samples: Sequence[Any],
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Any,
+    grader: GraderPool,
+    reward: Reward,
+    max_new_tokens: int,
 ) -> tuple[list[str], list[Grade]]:
     """The text of each response and what it earns; as many consecutive samples for each prompt."""
     tokens = [s.sequences[0, 1:][s.action_mask[0].bool()].tolist() for s in samples]
@@ -34,7 +40,30 @@ def grade_samples(
     if reward.require_end:
         cut_off = [bool(s.truncated[0]) for s in samples]
         grades = [replace(g, reward=0.0, success=0.0) if cut else g for g, cut in zip(grades, cut_off, strict=True)]
+    if reward.overlong_buffer_len is not None:
+        taken = [
+            overlong_penalty(
+                int(s.response_length[0]),
+                max_new_tokens=max_new_tokens,
+                buffer_len=reward.overlong_buffer_len,
+                factor=reward.overlong_penalty_factor,
+            )
+            for s in samples
+        ]
+        grades = [
+            replace(g, reward=g.reward - penalty, logs={**g.logs, "overlong_penalty": penalty})
+            for g, penalty in zip(grades, taken, strict=True)
+        ]
     return texts, grades
+
+
+def overlong_penalty(length: int, *, max_new_tokens: int, buffer_len: int, factor: float) -> float:
+    """factor * min(length - (max_new_tokens - buffer_len), buffer_len) / buffer_len above that length, else 0.
+
+    Source: DAPO (arXiv 2503.14476), Eq. 13, and OpenRLHF's keys.
+    """
+    exceeding = min(length - (max_new_tokens - buffer_len), buffer_len)
+    return factor * max(exceeding, 0) / buffer_len
 
 
 def failures(grades: Sequence[Grade], prompts: Sequence[Prompt], *, step: int) -> Iterator[dict[str, Any]]:

@@ -368,7 +368,12 @@ class DCPOTrainer(BasePPOTrainer):
     def _grade(self, samples: list[Any], prompts: Sequence[tasks.Prompt], step: int) -> tuple[list[str], list[Grade]]:
         """The text of each response and what it earns; what a reward function failed on is told."""
         texts, grades = grade_samples(
-            samples, prompts, tokenizer=self.tokenizer, grader=self.grader, reward=self.recipe.reward
+            samples,
+            prompts,
+            tokenizer=self.tokenizer,
+            grader=self.grader,
+            reward=self.recipe.reward,
+            max_new_tokens=self.recipe.rollout.max_new_tokens,
         )
         for event in failures(grades, prompts, step=step):
             self.log.line(event)

@@ -62,6 +62,7 @@ METRICS: dict[str, str] = {
     "reward/timeouts": "responses so far that earned 0 since their grading ran past reward.deadline",
     "reward/crashes": "responses so far that earned 0 since their grader's process died",
     "reward/failures": "responses so far that earned 0 since a reward function raised or gave no number; events.jsonl",
+    "reward/overlong_penalty": "what reward.overlong_buffer_len took off the rewards, mean; only where it is set",
     "reward/NAME": "mean of the `logs` NAME that a reward function gives, over the responses that have one",
     "weights/version": "version of the weights that the engines serve after this step",
     "monitor/window": "steps behind the trends, at most monitor.window",

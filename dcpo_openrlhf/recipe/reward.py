@@ -24,6 +24,10 @@ class Reward(Section):
     """Where a function names no success of a response: it is 1 from this reward (OpenRLHF's score) on, else 0."""
     require_end: bool = False
     """A response cut off at max_new_tokens earns 0, whatever it says."""
+    overlong_buffer_len: Positive | None = None
+    """DAPO's overlong penalty: tokens up to rollout.max_new_tokens over which it grows to the factor; None: off."""
+    overlong_penalty_factor: Annotated[float, Field(ge=0)] = 1.0
+    """Most that is taken off the reward of a long response; its success stays."""
     workers: Positive = 4
     """Grader processes."""
     deadline: Annotated[float, Field(gt=0)] = 10.0

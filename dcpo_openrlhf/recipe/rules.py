@@ -99,7 +99,7 @@ def _correction_rules(r: "Recipe") -> list[tuple[bool, str]]:
 
 
 def _reward_rules(r: "Recipe") -> list[tuple[bool, str]]:
-    """Names of graders."""
+    """Names of graders; the buffer of the overlong penalty."""
     built_in = get_args(type(r.reward).model_fields["extractor"].annotation)
     function, by_source = r.reward.function, r.reward.by_source
     wrong = {source: name for source, name in by_source.items() if name not in built_in and not _names_function(name)}
@@ -113,6 +113,11 @@ def _reward_rules(r: "Recipe") -> list[tuple[bool, str]]:
             not wrong,
             f"reward.by_source = {wrong} must give each source FILE.py:NAME, import.path:NAME or one of "
             f"{', '.join(built_in)}; correct the names",
+        ),
+        (
+            (r.reward.overlong_buffer_len or 0) <= r.rollout.max_new_tokens,
+            f"reward.overlong_buffer_len = {r.reward.overlong_buffer_len} must be at most rollout.max_new_tokens = "
+            f"{r.rollout.max_new_tokens}, where the penalty is whole; lower it",
         ),
     ]
 

@@ -519,6 +519,9 @@ STATUS = {f"policy/{n}": 0.1 for n in ("loss", "clip_fraction_high", "clip_fract
 }
 
 
+LOGS = {"mine": 2.5, "overlong_penalty": 0.5}
+
+
 def alert_of(name: str, recipe: Recipe, **step: Any) -> Alert:
     return Alert.of(name, bounds=recipe.monitor, settings=recipe.settings, **step)
 
@@ -537,10 +540,10 @@ def make_trainer(recipe: Recipe) -> Any:
         ),
         controller=SimpleNamespace(no_success_count=2),
         cost=make_cost(recipe, 1e12),
-        grader=SimpleNamespace(timeouts=1, crashes=0),
+        grader=SimpleNamespace(timeouts=1, crashes=0, failures=4),
         weights_version=5,
         checkpoints=SimpleNamespace(saved_step=1),
-        grades=[Grade(r["reward"], r["answer"], success=r["success"]) for r in rows],
+        grades=[Grade(r["reward"], r["answer"], success=r["success"], logs=LOGS) for r in rows],
         experiences=[experience(rows[: 2 * GROUP], "dcpo"), experience(rows[2 * GROUP :], "dcpo")],
     )
 
@@ -551,9 +554,10 @@ def test_a_step_emits_the_metrics_of_the_table_and_no_other(tmp_path: Path) -> N
     trainer.log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, **metrics}
     assert list(unknown_metrics(list(metrics))) == []
-    stems = {re.sub(r"_\d+$", "_N", name) for name in metrics}
+    stems = {re.sub(r"_\d+$", "_N", name).replace("reward/mine", "reward/NAME") for name in metrics}
     asked_for = {name for name, meaning in METRICS.items() if "only with" in meaning or name.startswith("correction/")}
     assert set(METRICS) - asked_for == stems | (set(METRICS) & set(metrics))
+    assert (metrics["reward/failures"], metrics["reward/mine"], metrics["reward/overlong_penalty"]) == (4, 2.5, 0.5)
     assert metrics["dcpo/alpha"] == ALPHA and metrics["dcpo/no_success_steps"] == 2 and metrics["weights/version"] == 5
 
 

@@ -300,6 +300,10 @@ RULES = [
         ],
     ),
     (
+        ["reward.overlong_buffer_len=9000"],
+        ["reward.overlong_buffer_len = 9000 must be at most rollout.max_new_tokens = 8192", "lower it"],
+    ),
+    (
         ["rollout.replay=runs/a", "rollout.record=true"],
         ["rollout.replay reads recorded responses", "unset them"],
     ),
