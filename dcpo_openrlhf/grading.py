@@ -51,7 +51,7 @@ def grade_samples(
             for s in samples
         ]
         grades = [
-            replace(g, reward=g.reward - penalty, logs={**g.logs, "overlong_penalty": penalty})
+            g if g.failure else replace(g, reward=g.reward - penalty, logs={**g.logs, "overlong_penalty": penalty})
             for g, penalty in zip(grades, taken, strict=True)
         ]
     return texts, grades

@@ -193,6 +193,7 @@ class DCPOTrainer(BasePPOTrainer):
                 "rollout/success_rate": float(torch.cat([s.scores for s in samples]).mean()),
                 "rollout/length_mean": float(torch.cat([s.response_length for s in samples]).float().mean()),
                 "rollout/truncated_fraction": float(torch.cat([s.truncated for s in samples]).float().mean()),
+                **mean_logs(self.grades),
                 **clock.seconds(),
             }
             self.log.write(step, metrics)

@@ -49,6 +49,19 @@ def test_graders_are_given_the_whole_problem_and_openrlhfs_queries_where_a_funct
     assert grader.seen[2] is None
 
 
+def test_what_a_function_failed_on_earns_0_however_long_it_is() -> None:
+    row, grader = sample(5, truncated=True), FakeGrader()
+    row.response_length = torch.tensor([8])
+    grader.grade = lambda *_, **__: [Grade(0.0, None, failure="f.py:f: no")]  # type: ignore[method-assign]
+    made = {
+        "tokenizer": FakeTokenizer(),
+        "grader": grader,
+        "reward": Reward(overlong_buffer_len=4),
+        "max_new_tokens": 8,
+    }
+    assert grade_samples([row], PROMPTS[:1], **made)[1][0].reward == 0.0  # type: ignore[arg-type]
+
+
 def test_an_event_names_the_function_and_the_problems() -> None:
     bad = Grade(0.0, None, failure="f.py:f: ValueError: no")
     (event,) = failures([Grade(1.0, ""), bad, bad, bad], PROMPTS, step=4)
