@@ -113,9 +113,7 @@ class EntropyController:
         """
         error = self._error(entropy)
         if not 0.0 <= success_rate <= 1.0:
-            raise ValueError(
-                f"success_rate must lie in [0, 1], got {success_rate}; it is the mean of rewards in {{0, 1}}"
-            )
+            raise ValueError(f"success_rate must lie in [0, 1], got {success_rate}; it is the mean of R in {{0, 1}}")
         if success_rate == 0.0:
             self.no_success_count += 1
             return 0.0

@@ -62,6 +62,14 @@ class DCPOExperience(Experience):
         assert self.action_mask is not None
         return self.action_mask.bool()
 
+    @property
+    def success(self) -> Float[Tensor, " batch"]:
+        """R in {0, 1} of each row, OpenRLHF's `scores`; the reward for rows that name none, where that is 0 or 1."""
+        success = self.rewards if self.scores is None else self.scores
+        if not bool(((success == 0) | (success == 1)).all()):
+            raise ValueError(f"success must be 0 or 1, got {success.tolist()[:8]}; grade these rows with a success")
+        return success
+
     def rows(self) -> Rows:
         """What the policy is trained on in this update."""
         own = Rows(
@@ -198,7 +206,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:
         """T and alpha from this batch's entropy and success rate, then each update's advantages."""
         exact, sampled = batch_entropies(experiences)
-        success_rate = float(torch.cat([e.rewards for e in experiences]).mean())
+        success_rate = float(torch.cat([e.success for e in experiences]).mean())
         self.decision = self.controller.step(exact, sampled, success_rate)
         for e, tempered_logp in zip(experiences, self._tempered(experiences, self.decision.temperature), strict=True):
             self._set_advantages(e, tempered_logp)
@@ -211,7 +219,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
     ) -> None:
         """Target ratio and advantages of whole groups; `tempered`: of rows drawn from pi_old^T."""
         assert self.decision is not None
-        m, rewards, t = self.recipe.method, e.rewards, self.recipe.train
+        m, rewards, success, t = self.recipe.method, e.rewards, e.success, self.recipe.train
         alpha = self.decision.alpha if self.method.uses_alpha else 0.0
         group = torch.zeros_like(rewards)
         if not tempered:
@@ -225,7 +233,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             found = methods.method_advantage(
                 self.method,
                 group_advantage=group[some],
-                success=rewards[some],
+                success=success[some],
                 target_ratio=e.target_ratio[some],
                 entropy=e.entropy[some],
                 alpha=alpha,
@@ -247,7 +255,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
                 **c.model_dump(),
             )
         e.entropy_coefficient = m.entropy_coefficient if self.method.entropy_gradient else 0.0
-        e.expected_weight = methods.expected_weight(self.method, success=rewards, alpha=alpha, mixing=m.mixing)
+        e.expected_weight = methods.expected_weight(self.method, success=success, alpha=alpha, mixing=m.mixing)
         e.expected_temperature = self.decision.temperature if self.method.expected_regulariser else None
 
     def _add_tempered_rows(self, experiences: list[DCPOExperience]) -> None:
@@ -304,7 +312,7 @@ def padded(samples: Sequence[Experience], pad_token_id: int) -> DCPOExperience:
     """
     merged = {}
     for field in fields(Experience):
-        values = [getattr(sample, field.name) for sample in samples]
+        values: list[Any] = [getattr(sample, field.name) for sample in samples]
         if values[0] is not None and Experience.is_step_tensor_field(field.name):
             kind = {"sequences": torch.int32, "attention_mask": torch.bool, "action_mask": torch.bool}
             fill = pad_token_id if field.name == "sequences" else 0

@@ -6,6 +6,7 @@ python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-
 import argparse
 import contextlib
 import datetime
+import fnmatch
 import importlib
 import logging
 import os
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import local_ray, signals
 from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.grading import question
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.recipe import preflight, resume
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
-from dcpo_openrlhf.reward.compare import check_answers
+from dcpo_openrlhf.reward.pool import check_question, chosen_grader
 from dcpo_openrlhf.rollout import chat, tasks
 from dcpo_openrlhf.signals import Interrupted
 
@@ -117,9 +119,12 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
         grader = stack.enter_context(
             GraderPool(
                 workers=recipe.reward.workers,
-                extractor=recipe.reward.extractor,
+                extractor=recipe.reward.default,
                 deadline_s=recipe.reward.deadline,
                 batch_deadline_s=recipe.reward.batch_deadline,
+                by_source=recipe.reward.by_source,
+                batch_size=recipe.reward.function_batch,
+                success_threshold=recipe.reward.success_threshold,
             )
         )
         engines, group = _start_actors(recipe, strategy, stack)
@@ -221,8 +226,9 @@ def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[t
         train = tasks.load_jsonl(t.train)
         heldout = tasks.load_jsonl(t.heldout) if t.heldout else []
     heldout = heldout[: recipe.evaluation.problems]
-    _check_answers(recipe.reward.extractor, train, t.train)
-    _check_answers(recipe.reward.extractor, heldout, t.heldout)
+    _check_sources(recipe, [*train, *heldout])
+    _check_answers(recipe, train, t.train)
+    _check_answers(recipe, heldout, t.heldout)
     template = tasks.prompt_template(t.template)
     how: Any = {"system": t.system, "chat": t.chat, "variables": t.chat_template_kwargs, "date": t.date}
     chat.check_variables(tokenizer, t.chat_template_kwargs)
@@ -252,11 +258,23 @@ def _today() -> datetime.date:
     return datetime.date.today()
 
 
-def _check_answers(extractor: str, problems: Sequence[tasks.Problem], file: Path | None) -> None:
+def _check_sources(recipe: Recipe, problems: Sequence[tasks.Problem]) -> None:
+    """Raise TaskError for a source in reward.by_source that no problem has: a slip there changes who grades."""
+    sources = sorted({problem.source for problem in problems})
+    if idle := [p for p in recipe.reward.by_source if p != "*" and not fnmatch.filter(sources, p) and p not in sources]:
+        raise tasks.TaskError(
+            f"reward.by_source names {', '.join(idle)}, the source of no problem; the sources are "
+            f"{', '.join(sources[:8])}{' ...' if len(sources) > 8 else ''}: correct the name or drop it"
+        )
+
+
+def _check_answers(recipe: Recipe, problems: Sequence[tasks.Problem], file: Path | None) -> None:
     """Raise TaskError where the grader could not take an answer: it would end the run at the step that reads it."""
+    r = recipe.reward
     for line, problem in enumerate(problems, start=1):
         try:
-            check_answers(extractor, [problem.answer])
+            grader = chosen_grader(problem.source, default=r.default, by_source=r.by_source)
+            check_question(grader, question(problem))
         except ValueError as error:
             where = f"{file}:{line}" if file else f"problem {problem.id!r}"
             raise tasks.TaskError(f"{where}: {error}") from None

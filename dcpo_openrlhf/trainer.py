@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dcpo_openrlhf import signals
 from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
+from dcpo_openrlhf.grading import failures, grade_samples, keep_samples, mean_logs
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics, correction_metrics
@@ -129,7 +129,8 @@ class DCPOTrainer(BasePPOTrainer):
         self.prompts.load_state_dict(state["prompts"])
         self.controller.load_state_dict(state["controller"])
         self.monitor.load_state_dict(state["monitor"])
-        self.grader.timeouts, self.grader.crashes = state["grader"]
+        counts = [*state["grader"], 0]  # older checkpoints know no failures
+        self.grader.timeouts, self.grader.crashes, self.grader.failures = counts[:3]
         self.history, self.before = state["history"], state["heldout_before"]
         self.begin -= 60 * state["minutes"]
         self.checkpoints.saved_step = self.point.step
@@ -137,7 +138,7 @@ class DCPOTrainer(BasePPOTrainer):
 
     def settle(self, step: int, *, heldout_accuracy: float | None = None) -> None:
         """Remember what a checkpoint of this step saves beside the policy: everything that the next step reads."""
-        scores = {"reward_mean": self.history[-1]["rollout/reward_mean"]}
+        scores = {name: self.history[-1][f"rollout/{name}"] for name in ("reward_mean", "success_rate")}
         if heldout_accuracy is not None:
             scores["heldout_accuracy"] = heldout_accuracy
         state = {
@@ -146,7 +147,7 @@ class DCPOTrainer(BasePPOTrainer):
             "prompts": self.prompts.state_dict(),
             "controller": self.controller.state_dict(),
             "monitor": self.monitor.state_dict(),
-            "grader": [self.grader.timeouts, self.grader.crashes],
+            "grader": [self.grader.timeouts, self.grader.crashes, self.grader.failures],
             "history": list(self.history),
             "heldout": tasks.fingerprint(self.heldout),
             "heldout_before": self.before,
@@ -190,12 +191,15 @@ class DCPOTrainer(BasePPOTrainer):
             metrics = {
                 "train/step": step,
                 "rollout/reward_mean": float(torch.cat([s.rewards for s in samples]).mean()),
+                "rollout/success_rate": float(torch.cat([s.scores for s in samples]).mean()),
                 "rollout/length_mean": float(torch.cat([s.response_length for s in samples]).float().mean()),
                 "rollout/truncated_fraction": float(torch.cat([s.truncated for s in samples]).float().mean()),
+                **mean_logs(self.grades),
                 **clock.seconds(),
             }
             self.log.write(step, metrics)
-            logger.info("step %d/%d  reward %.2f", step, self.recipe.train.steps, metrics["rollout/reward_mean"])
+            means = metrics["rollout/reward_mean"], metrics["rollout/success_rate"]
+            logger.info("step %d/%d  reward %.2f  success %.2f", step, self.recipe.train.steps, *means)
         self.log.close()
 
     def rollout(self, step: int) -> list[Any]:
@@ -204,7 +208,9 @@ class DCPOTrainer(BasePPOTrainer):
         prompts = self.prompts.take(t.prompts_per_step)
         self.experience_maker.step, self.experience_maker.prompts = step, prompts
         samples, texts, self.grades = self._rollout(prompts, step=step, request=step, temperature=r.temperature)
-        self._keep_samples(step, prompts, texts, self.grades)
+        if kept := texts[: self.recipe.monitor.samples_per_step]:
+            file = self.recipe.run.dir / "samples" / f"step_{step:06d}.jsonl"
+            keep_samples(file, prompts, kept, self.grades, group_size=t.group_size)
         return samples
 
     def tempered_rollout(self, temperature: float, count: int) -> list[Any]:
@@ -220,9 +226,10 @@ class DCPOTrainer(BasePPOTrainer):
         samples = self._generate(
             prompts, step=request, n_samples=size, temperature=temperature, top_p=self.recipe.rollout.top_p
         )
-        texts, grades = self._grade(samples)
+        texts, grades = self._grade(samples, prompts, step)
         for sample, grade in zip(samples, grades, strict=True):
             sample.rewards = sample.info["reward"] = torch.tensor([grade.reward])
+            sample.scores = sample.info["success"] = torch.tensor([grade.success])
         version = self.weights_version if self.recipe.monitor.on_policy_only else None
         require_possible_samples(samples, step=step, prompts=prompts, group_size=size, weights_version=version)
         return samples, texts, grades
@@ -277,6 +284,8 @@ class DCPOTrainer(BasePPOTrainer):
                 "dcpo/no_success_steps": float(self.controller.no_success_count),
                 "reward/timeouts": float(self.grader.timeouts),
                 "reward/crashes": float(self.grader.crashes),
+                "reward/failures": float(self.grader.failures),
+                **mean_logs(self.grades),
                 "weights/version": self.weights_version,
                 **status,
             },
@@ -307,8 +316,10 @@ class DCPOTrainer(BasePPOTrainer):
             temperature=e.temperature,
             top_p=e.top_p,
         )
-        grades = self._grade(samples)[1]
-        accuracy = sum(g.reward for g in grades) / len(grades)
+        grades = self._grade(samples, self.heldout, global_step)[1]
+        accuracy, reward = (
+            sum(values) / len(grades) for values in ([g.success for g in grades], [g.reward for g in grades])
+        )
         logger.info(
             "held-out accuracy after step %d: %.3f (%d problems x %d)",
             global_step,
@@ -317,7 +328,8 @@ class DCPOTrainer(BasePPOTrainer):
             e.samples,
         )
         with (self.recipe.run.dir / "evaluation.jsonl").open("a") as file:
-            file.write(json.dumps({"step": global_step, "heldout_accuracy": accuracy, "responses": len(grades)}) + "\n")
+            means = {"heldout_accuracy": accuracy, "heldout_reward": reward}
+            file.write(json.dumps({"step": global_step, **means, "responses": len(grades)}) + "\n")
         return accuracy
 
     def export(self) -> Path | None:
@@ -355,34 +367,20 @@ class DCPOTrainer(BasePPOTrainer):
                 **sampling,
             )
 
-    def _grade(self, samples: list[Any]) -> tuple[list[str], list[Grade]]:
-        """The text of each response and what it earns."""
-        tokens = (s.sequences[0, 1:][s.action_mask[0].bool()] for s in samples)  # one response at a time as a list
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-        grades = self.grader.grade(texts, [s.labels[0] for s in samples])
-        if self.recipe.reward.require_end:
-            cut_off = [bool(s.truncated[0]) for s in samples]
-            grades = [replace(g, reward=0.0) if cut else g for g, cut in zip(grades, cut_off, strict=True)]
+    def _grade(self, samples: list[Any], prompts: Sequence[tasks.Prompt], step: int) -> tuple[list[str], list[Grade]]:
+        """The text of each response and what it earns; what a reward function failed on is told."""
+        texts, grades = grade_samples(
+            samples,
+            prompts,
+            tokenizer=self.tokenizer,
+            grader=self.grader,
+            reward=self.recipe.reward,
+            max_new_tokens=self.recipe.rollout.max_new_tokens,
+        )
+        for event in failures(grades, prompts, step=step):
+            self.log.line(event)
+            logger.warning("step %d: %s", step, event["text"])
         return texts, grades
-
-    def _keep_samples(self, step: int, prompts: Sequence[tasks.Prompt], texts: list[str], grades: list[Any]) -> None:
-        keep = self.recipe.monitor.samples_per_step
-        if not keep:
-            return
-        folder = self.recipe.run.dir / "samples"
-        folder.mkdir(exist_ok=True)
-        group = self.recipe.train.group_size
-        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
-            for i, (text, grade) in enumerate(zip(texts[:keep], grades, strict=False)):
-                problem = prompts[i // group].problem
-                row = {
-                    "id": problem.id,
-                    "answer": problem.answer,
-                    "response": text,
-                    "reward": grade.reward,
-                    "extracted": grade.extracted,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class Stopwatch:

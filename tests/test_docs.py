@@ -6,15 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpo_openrlhf import methods, objectives
+from dcpo_openrlhf import methods, objectives, train_dcpo
+from dcpo_openrlhf.grading import question
 from dcpo_openrlhf.recipe import families, preflight
+from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe
+from dcpo_openrlhf.reward.pool import GraderPool
+from dcpo_openrlhf.rollout.tasks import load_jsonl
+from tests.bounds import HANG_S
+from tests.tiny import make_tiny_model
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def code_blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
+def code_blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
 
 
 def test_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +44,71 @@ def test_add_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     a = 0.5 / (0.5**0.5 + 1e-6)
     torch.testing.assert_close(advantage[:, 0], torch.tensor([a + 0.5, -a, 0.0, 0.0]))
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of bring_your_own.md, each named by its first line, and train.jsonl."""
+    (data,) = code_blocks("bring_your_own.md", "json")
+    (tmp_path / "train.jsonl").write_text(data)
+    for language in ("python", "yaml"):
+        for block in code_blocks("bring_your_own.md", language):
+            (tmp_path / block.split("\n")[0].removeprefix("# ")).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RESPONSES = {
+    "add-1": ("I add them: 7", "8"),
+    "bio-1": ("A trout is a fish. The answer is (B).", "Answer: A"),
+    "py-1": ("```python\ndef double(n):\n    return 2 * n\n```", "```python\ndef double(n):\n    return 6\n```"),
+    "sum-1": ("```\nprint(sum(map(int, input().split())))\n```", "```\nimport os\nprint(3)\nos._exit(0)\n```"),
+    "poem-1": ("Soft rain has come to stay the day", "Rain, rain, go away"),
+}
+"""A right and a wrong response to each problem of bring_your_own.md."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rewards"),
+    [
+        ("openrlhf.yaml", None),
+        ("mix.yaml", [(1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0), (1.5, 0.0)]),
+    ],
+)
+def test_bring_your_own(recipe: str, rewards: list[tuple[float, float]] | None, own: Path) -> None:
+    r = load_recipe(own / recipe).reward
+    problems = load_jsonl(own / "train.jsonl")
+    with GraderPool(
+        workers=1, extractor=r.default, by_source=r.by_source, deadline_s=HANG_S, success_threshold=r.success_threshold
+    ) as pool:
+        grades = [pool.grade(RESPONSES[p.id], [question(p, "Hello. ")] * 2) for p in problems]
+    assert [grade.failure for pair in grades for grade in pair] == [""] * 10
+    if rewards is not None:
+        assert [tuple(g.reward for g in pair) for pair in grades] == rewards
+        assert [tuple(g.success for g in pair) for pair in grades] == [(1.0, 0.0)] * 5
+        assert [g.logs for g in grades[-1]] == [{"short": 1.0}, {"short": 1.0}]
+        return
+    right, wrong = grades[0]
+    assert (right.success, wrong.success) == (1.0, 0.0)
+    assert (right.reward, wrong.reward) == (pytest.approx(1 + 0.1 / 5), pytest.approx(0.1 / 2))
+    assert right.logs == {"brevity": pytest.approx(1 / 5)}
+
+
+@pytest.mark.parametrize("recipe", ["openrlhf.yaml", "mix.yaml"])
+def test_the_recipes_of_bring_your_own_pass_a_dry_run(
+    recipe: str, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_dcpo, "log_to", lambda _: None)  # it would take pytest's log handlers away
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    make_tiny_model(own / "models/mine", layers=1)
+    small = ("run.device=cpu", "parallel.devices_per_node=1", "rollout.engines=1", "rollout.max_prompt_tokens=200")
+    small += ("rollout.max_new_tokens=50", "reward.overlong_buffer_len=25")
+    assert train_dcpo.main(["--recipe", str(own / recipe), *small, "--dry-run"]) == 0, capsys.readouterr().err
+    assert "a run on this machine would be refused" not in capsys.readouterr().out
+    (own / "reward_func.py").write_text("import nowhere\n")
+    (own / "poems.py").unlink()
+    assert train_dcpo.main(["--recipe", str(own / recipe), *small, "--dry-run"]) == 2
+    assert "cannot be imported" in capsys.readouterr().err
 
 
 def test_add_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

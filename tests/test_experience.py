@@ -61,7 +61,7 @@ def make_maker(
     return maker
 
 
-def samples(rewards: list[float]) -> list[Experience]:
+def samples(rewards: list[float], success: list[float] | None = None) -> list[Experience]:
     """One ragged response a reward: two prompt tokens, then i % 3 + 1 tokens."""
     found = []
     for i, reward in enumerate(rewards):
@@ -74,6 +74,7 @@ def samples(rewards: list[float]) -> list[Experience]:
                 action_mask=actions.long()[None],
                 rollout_log_probs=-(torch.arange(2, length + 1).float()[None] + i) / 10,
                 rewards=torch.tensor([reward]),
+                scores=None if success is None else torch.tensor([success[i]]),
                 response_length=torch.tensor([int(actions.sum())]),
                 truncated=torch.tensor([i == 0]),
                 total_length=torch.tensor([float(length)]),
@@ -142,6 +143,28 @@ def test_rows_taken_a_few_at_a_time_give_the_same_advantages(name: str, monkeypa
         assert len(one.advantage_terms) == len(other.advantage_terms)
         pairs = zip((one.target_ratio, *one.advantage_terms), (other.target_ratio, *other.advantage_terms), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_reward_makes_the_group_advantage_and_the_success_all_else() -> None:
+    rewards = [2.5, -1.0, 0.25, 0.75, 0.0, 0.0, -3.0, 1.0]  # of which none says what is right
+    success = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    maker = make_maker()
+    updates = maker.make_experience_batch(samples(rewards, success))
+    assert maker.decision is not None and maker.decision.alpha == pytest.approx(1.0 / 0.375)
+    for update, some in zip(updates, (slice(0, 4), slice(4, 8)), strict=True):
+        expected = objectives.mixed_advantage(
+            group_advantage=objectives.group_advantage(reward=torch.tensor(rewards[some]), group_size=2),
+            success=torch.tensor(success[some]),
+            target_ratio=(update.action_log_probs / 1.2 - update.action_log_probs).exp(),
+            alpha=1.0 / 0.375,
+            mixing="convex",
+        )
+        torch.testing.assert_close(update.advantages[update.mask], expected[update.mask])
+
+
+def test_samples_without_a_success_have_their_reward_as_one_where_it_is_0_or_1() -> None:
+    with pytest.raises(ValueError, match=r"success must be 0 or 1, got \[2\.5, 0\.0, 1\.0"):
+        make_maker().make_experience_batch(samples([2.5, *REWARDS[1:]]))
 
 
 def test_grpo_is_the_same_path_with_alpha_zero() -> None:

@@ -21,7 +21,7 @@ LEVELS = (
     ("trainer",),
     ("assemble",),
     ("monitor",),
-    ("experience",),
+    ("experience", "grading"),
     ("policy.actor",),
     ("policy.megatron", "policy.deepspeed"),
     ("policy", "rollout", "reward"),

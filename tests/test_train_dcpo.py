@@ -155,6 +155,29 @@ def test_what_would_end_the_run_in_its_middle_is_an_error_before(
         assert err.startswith(f"error: {tmp_path}/train.jsonl:2: {said}")
 
 
+def test_a_reward_function_that_cannot_be_imported_is_an_error_before_anything(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import no_such_module\n\n\ndef f(batch):\n    return [0.0] * len(batch)\n")
+    for dry_run in ([], ["--dry-run"]):
+        for key in (f"reward.function={tmp_path}/mine.py:f", f"reward.by_source={{'*': {tmp_path}/mine.py:f}}"):
+            err = error_of(main(key, *dry_run), tmp_path)
+            assert f"{tmp_path}/mine.py:f cannot be imported (ModuleNotFoundError: No module named 'no_such" in err
+
+
+def test_graders_by_source_are_checked_against_the_data(main: Main, tmp_path: Path) -> None:
+    data = jsonl(tmp_path, PROBLEM, PROBLEM | {"id": "b", "answer": "1/2", "source": "other", "tests": ["x"]})
+    assert main("--dry-run", "task.kind=jsonl", data, "reward.by_source={test: last_integer}")[0] == 0
+    err = error_of(main("task.kind=jsonl", data, "reward.by_source={'*': last_integer}"), tmp_path)
+    assert err.startswith(f'error: {tmp_path}/train.jsonl:2: extractor "last_integer" needs integer answers')
+    err = error_of(main("task.kind=jsonl", data, "reward.by_source={tset: last_integer, o*: boxed}"), tmp_path)
+    assert "reward.by_source names tset, the source of no problem; the sources are other, test" in err
+
+
+def test_tests_that_cannot_be_read_are_an_error_before_a_run(main: Main, tmp_path: Path) -> None:
+    code = [PROBLEM | {"tests": ["assert f(1) == 2"]}, PROBLEM | {"id": "b", "tests": ["assert f(1"]}]
+    err = error_of(main("task.kind=jsonl", jsonl(tmp_path, *code), "reward.extractor=python_tests"), tmp_path)
+    assert err.startswith(f'error: {tmp_path}/train.jsonl:2: grader "python_tests" cannot read the tests (SyntaxError')
+
+
 def test_half_a_surrogate_in_the_template(main: Main, tmp_path: Path) -> None:
     err = error_of(main("task.template={problem}\udcff"), tmp_path)
     assert r"holds half of a surrogate pair, \udcff at character" in err

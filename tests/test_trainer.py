@@ -1,5 +1,7 @@
 """What the trainer does between rollout and update: grades, and refuses responses of other weights."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,17 +10,20 @@ import torch
 
 from dcpo_openrlhf.assemble import make_controller
 from dcpo_openrlhf.recipe.schema import Recipe
-from dcpo_openrlhf.reward.pool import GraderPool
+from dcpo_openrlhf.reward.pool import Grade, GraderPool
+from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 from dcpo_openrlhf.trainer import DCPOTrainer, Stopwatch
+from tests.bounds import HANG_S
 
 TEXTS = {5: "It is 7", 6: "It is 8", 7: "7 and on and on"}
 
 
+PROMPT = Prompt(Problem("sum", "3 + 4", "7", "test"), "What is 3 + 4?")
+
+
 class FakeTokenizer:
     def decode(self, tokens: torch.Tensor, *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        (token,) = tokens.tolist()
-        return TEXTS[token]
+        return TEXTS[tokens.tolist()[-1]] + "<end>" * (not skip_special_tokens)
 
 
 def make_recipe(**sections: Any) -> Recipe:
@@ -44,10 +49,34 @@ def test_a_response_that_was_cut_off_earns_nothing_where_the_end_is_required(req
     recipe = make_recipe(reward={"extractor": "last_integer", "require_end": require_end})
     with GraderPool(workers=1, extractor="last_integer", deadline_s=5) as grader:
         texts, grades = DCPOTrainer._grade(
-            trainer(recipe, grader), [sample(5), sample(6, truncated=True), sample(7, truncated=True)]
+            trainer(recipe, grader), [sample(5), sample(6, truncated=True), sample(7, truncated=True)], [PROMPT], 1
         )
     assert texts == list(TEXTS.values())
-    assert [g.reward for g in grades] == expected
+    assert [g.reward for g in grades] == [g.success for g in grades] == expected
+
+
+def test_what_a_reward_function_failed_on_is_told_and_the_run_goes_on(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def f(batch):\n    return [1.0 / (row.response != 'It is 8') for row in batch]\n"
+    )
+    recipe = make_recipe(reward={"function": f"{tmp_path}/mine.py:f"})
+    with GraderPool(workers=1, extractor=recipe.reward.default, deadline_s=HANG_S) as grader:
+        fake, events = trainer(recipe, grader), []
+        fake.log = SimpleNamespace(line=events.append)
+        grades = DCPOTrainer._grade(fake, [sample(5), sample(6)], [PROMPT], 12)[1]
+    assert [g.reward for g in grades] == [1.0, 0.0]
+    (event,) = events
+    assert event["step"] == 12 and event["problems"] == ["sum"] and "mine.py:f: ZeroDivisionError" in event["text"]
+    assert event["text"] in caplog.text
+
+
+def test_an_evaluation_counts_successes_and_names_the_mean_reward_apart(tmp_path: Path) -> None:
+    grades = [Grade(-1.5, "7", success=1.0), Grade(0.5, "8", success=0.0)]
+    fake = trainer(make_recipe(run={"dir": str(tmp_path)}))
+    fake.heldout, fake._generate, fake._grade = [object()], lambda *_, **__: [], lambda *_: ([], grades)
+    assert DCPOTrainer.evaluate(fake, 4) == 0.5
+    row = json.loads((tmp_path / "evaluation.jsonl").read_text())
+    assert row == {"step": 4, "heldout_accuracy": 0.5, "heldout_reward": -0.5, "responses": 2}
 
 
 def test_stopwatch_laps_add_up_to_the_step() -> None:

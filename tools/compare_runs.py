@@ -77,8 +77,12 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _samples(file: Path | None) -> dict[str, Any]:
-    """Values of a samples file as ROW/KEY, rows from 1; empty where the step has none."""
+    """Values of a samples file as ROW/KEY, rows from 1; empty where the step has none.
+
+    A row of before success had a name has its reward as one, where that is 0 or 1.
+    """
     rows = read_jsonl(file) if file else []
+    rows = [{"success": row["reward"], **row} if row.get("reward") in (0, 1) else row for row in rows]
     return {f"{number}/{key}": value for number, row in enumerate(rows, 1) for key, value in row.items()}
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dcpo_openrlhf.reward.extract import EXTRACTORS
-from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
+from dcpo_openrlhf.grading import question
+from dcpo_openrlhf.recipe.preflight import why_not_imported
+from dcpo_openrlhf.reward.pool import BUILT_IN, Grade, GraderError, GraderPool, check_question
 from dcpo_openrlhf.rollout.chat import render, stop_tokens
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
@@ -93,12 +94,14 @@ def fill(job: Job, file: SampleFile, generate: Callable[[], Generate], *, seed: 
 def score(job: Job, samples: dict[Key, Sample], pool: GraderPool) -> tuple[Result, list[Grade]]:
     """The job's result, and the grade of each of its samples in the order of job.keys."""
     keys = job.keys
-    answer_of = {p.id: p.answer for p in job.problems}
-    chosen = [samples[key] for key in keys]
-    grades = pool.grade([s.response for s in chosen], [answer_of[s.key[0]] for s in chosen])
-    correct = dict.fromkeys(answer_of, 0)
+    asked = {p.id: question(p, text) for p, text in zip(job.problems, job.prompts, strict=True)}
+    chosen = [samples[key] for key in sorted(keys)]  # the samples of a problem together, as in training
+    graded = pool.grade([s.response for s in chosen], [asked[s.key[0]] for s in chosen])
+    grade_of = dict(zip(sorted(keys), graded, strict=True))
+    grades = [grade_of[key] for key in keys]
+    correct = dict.fromkeys(asked, 0)
     for (id, _), grade in zip(keys, grades, strict=True):
-        correct[id] += grade.reward == 1.0
+        correct[id] += grade.success == 1.0
     n, counts = job.samples, list(correct.values())
     sizes = sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
     result = Result(
@@ -110,7 +113,7 @@ def score(job: Job, samples: dict[Key, Sample], pool: GraderPool) -> tuple[Resul
         truncated=sum(s.truncated for s in chosen) / len(chosen),
         unanswered=sum(g.extracted is None for g in grades) / len(grades),
         tokens=sum(s.tokens for s in chosen) / len(chosen),
-        timeouts=sum(g.timed_out or g.crashed for g in grades),
+        timeouts=sum(g.timed_out or g.crashed or bool(g.failure) for g in grades),
     )
     return result, grades
 
@@ -156,7 +159,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="a token that ends a response, beside EOS and the chat template's end of turn; may be repeated",
     )
-    add("--extractor", choices=EXTRACTORS, default="boxed", help="default: %(default)s")
+    add(
+        "--extractor",
+        default="boxed",
+        metavar="GRADER",
+        help=f"{', '.join(BUILT_IN)}, or a function, FILE.py:NAME; default: %(default)s",
+    )
     add("--deadline", type=float, default=10.0, help="of one symbolic comparison [s]; default: %(default)s")
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: %(default)s")
     add("--paper", choices=paper_backbones(), help="add the paper's rows for this backbone")
@@ -169,6 +177,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("problems", "samples", "max_tokens", "tensor_parallel"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1, not {value}")
+    if ":" in args.extractor:
+        for reason in why_not_imported(args.extractor):
+            parser.error(f"--extractor {reason}")
+    elif args.extractor not in BUILT_IN:
+        parser.error(f"--extractor is one of {', '.join(BUILT_IN)}, or FILE.py:NAME, not {args.extractor!r}")
     preset = PRESETS[args.preset]
     args.temperature = preset.temperature if args.temperature is None else args.temperature
     args.top_p = preset.top_p if args.top_p is None else args.top_p
@@ -266,7 +279,8 @@ def evaluate_model(
         )
         for job in jobs:
             try:
-                pool.grade([""] * len(job.problems), [p.answer for p in job.problems])
+                for problem in job.problems:
+                    check_question(args.extractor, question(problem))
             except ValueError as error:  # before hours of sampling, not after
                 raise EvaluationError(f"{job.benchmark} cannot be graded: {error}") from error
         started: list[Generate] = []

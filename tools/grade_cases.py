@@ -17,7 +17,7 @@ SPEED_INTEGERS, SPEED_FORMULAS = 20_000, 2_000
 def faults(cases: list[dict], pool: GraderPool) -> list[dict]:
     """The cases that do not earn what they must."""
     grades = pool.grade([f"\\boxed{{{case['answer']}}}" for case in cases], [case["gold"] for case in cases])
-    return [case for case, grade in zip(cases, grades, strict=True) if grade.reward != case["success"]]
+    return [case for case, grade in zip(cases, grades, strict=True) if grade.success != case["success"]]
 
 
 def speed(pool: GraderPool) -> tuple[float, float]:

@@ -66,7 +66,9 @@ def draw(runs: dict[str, Series], output: Path) -> None:
             panel.set_xlabel("step")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels["entropy"].set(title="Entropy of the policy", ylabel="H [nats/token]", ylim=(0, None))
-        panels["reward"].set(title="Mean reward of the samples", ylabel="reward", ylim=(-0.02, 1.02))
+        panels["reward"].set(title="Mean reward of the samples", ylabel="reward")
+        if all(0 <= value <= 1 for run in runs.values() for value in run.get("rollout/reward_mean", [])):
+            panels["reward"].set(ylim=(-0.02, 1.02))
         panels["alpha"].set(title="Weight of the regulariser", ylabel="α", xlabel="", ylim=(-0.005, None))
         panels["temperature"].set(title="Temperature of the target policy", ylabel="T")
         panels["entropy"].legend()
@@ -108,6 +110,7 @@ def panel(
 PANELS = [
     panel("Entropy, and its target", "entropy/exact", "nats/token", reference="entropy/target"),
     panel("Mean reward", "rollout/reward_mean"),
+    panel("Share of right responses", "rollout/success_rate"),
     panel("Held-out accuracy", "heldout_accuracy", sparse=True),
     panel("Response length, mean", "rollout/length_mean", "tokens"),
     panel("Cut-off responses", "rollout/truncated_fraction", "share"),

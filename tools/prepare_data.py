@@ -179,7 +179,7 @@ class Folder:
             raise PrepareError(f"{self.path}: missing or changed since prepared: {', '.join(wrong)}; prepare it again")
 
     def _write(self, name: str, problems: Iterable[Problem]) -> None:
-        rows = [{key: getattr(problem, key) for key in JSONL_KEYS} for problem in problems]
+        rows = [{key: getattr(problem, key) for key in JSONL_KEYS} | dict(problem.metadata) for problem in problems]
         if not rows:
             raise PrepareError(f"{name}: no problem is left to write; its rows were duplicates or in the test sets")
         _write_aside(self.file(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import annotated_types as rules
 from pydantic.fields import FieldInfo
 
-from dcpo_openrlhf.recipe.schema import Recipe, Section
+from dcpo_openrlhf.recipe.fields import Section
+from dcpo_openrlhf.recipe.schema import Recipe
 
 INTRODUCTION = """# Configuration
 

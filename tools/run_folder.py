@@ -53,7 +53,8 @@ def _say_once(text: str) -> None:
 def metrics(run: Path) -> dict[int, Row]:
     """Rows of RUN/metrics.jsonl by step. Of a step made twice, before and after a resume, the later one.
 
-    Rows without train/step, which no training step wrote, are left out.
+    Rows without train/step, which no training step wrote, are left out. Where a run of before it had a name lacks
+    rollout/success_rate, it is the mean of its rewards, which were 0 and 1.
     """
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; name the folder of a run")
@@ -63,6 +64,9 @@ def metrics(run: Path) -> dict[int, Row]:
     rows = {int(row["train/step"]): row for row in read_jsonl(file) if _is_number(row.get("train/step"))}
     if not rows:
         raise RunError(f"{file}: no line has train/step; the run has finished no step")
+    for row in rows.values():
+        if "rollout/reward_mean" in row:
+            row.setdefault("rollout/success_rate", row["rollout/reward_mean"])
     return rows
 
 

@@ -65,7 +65,7 @@ class Result:
     tokens: float
     """Mean length."""
     timeouts: int
-    """Answers graded 0 since their comparison took too long or broke its process."""
+    """Answers graded 0 since their grading took too long, broke its process or failed."""
 
 
 def paper_rows(backbone: str) -> list[dict[str, str]]:

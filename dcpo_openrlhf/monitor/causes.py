@@ -78,7 +78,8 @@ def _mismatch(m: Metrics, bounds: Bounds) -> bool:
 
 def _reward_hacking(m: Metrics, bounds: Bounds) -> bool:
     change = bounds.hacking_change
-    return m["monitor/reward_change"] >= change and m["monitor/form_change"] <= -change
+    worst = min(m["monitor/form_change"], m["monitor/success_change"])
+    return m["monitor/reward_change"] >= change and worst <= -change
 
 
 CAUSES: dict[str, Cause] = {
@@ -107,9 +108,15 @@ CAUSES: dict[str, Cause] = {
         keys=("rollout.dtype", "model.dtype", "weight_sync.verify", "rollout.top_p", "monitor.mismatch_bound"),
     ),
     "reward_hacking": Cause(
-        meaning="the reward rises while the answers that earn it lose their form",
+        meaning="the reward rises while fewer responses are right, or those that are lose their form",
         holds=_reward_hacking,
-        evidence=("monitor/reward_change", "monitor/form_change", "rollout/form", "rollout/repetition"),
+        evidence=(
+            "monitor/reward_change",
+            "monitor/success_change",
+            "monitor/form_change",
+            "rollout/form",
+            "rollout/repetition",
+        ),
         keys=("reward.require_end", "reward.extractor", "task.template"),
     ),
     "rho_degenerate": Cause(

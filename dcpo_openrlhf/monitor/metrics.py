@@ -8,8 +8,9 @@ FAR = 1000
 """Steps that stand for "the trend does not lead out of the band"."""
 METRICS: dict[str, str] = {
     "train/step": "rollout step, from 1",
-    "rollout/reward_mean": "mean reward of the responses",
+    "rollout/reward_mean": "mean reward of the responses: what the group advantage is made of",
     "rollout/reward_std": "standard deviation of the rewards, unbiased",
+    "rollout/success_rate": "share of the responses that are right (success 1): DCPO's R, and the controller's rate",
     "rollout/length_mean": "tokens of a response, mean",
     "rollout/length_max": "tokens of the longest response",
     "rollout/truncated_fraction": "share of the responses cut off at rollout.max_new_tokens",
@@ -18,8 +19,8 @@ METRICS: dict[str, str] = {
     "rollout/form": "share of the correct responses that end by themselves and repeat at most half of their 4-grams; "
     "1 without a correct response",
     "group/distinct_answers": "different answers in a group (none counts as one), mean over groups",
-    "group/all_correct": "share of the groups with correct responses alone: no group advantage",
-    "group/all_wrong": "share of the groups without a correct response: no advantage at all",
+    "group/all_correct": "share of the groups with correct responses alone",
+    "group/all_wrong": "share of the groups without a correct response",
     "entropy/exact": "H [nats/token]: over the whole vocabulary, of pi_old at T = 1, mean over tokens",
     "entropy/sampled": "-log pi_old of the sampled tokens [nats/token], mean over tokens",
     "entropy/gap": "exact - sampled [nats/token]; near 0 where the engine samples from pi_old",
@@ -58,11 +59,15 @@ METRICS: dict[str, str] = {
     "policy/entropy": "H of pi_theta during the updates [nats/token]",
     "policy/grad_norm": "global gradient norm before clipping",
     "policy/learning_rate": "learning rate",
-    "reward/timeouts": "comparisons so far that ran past reward.deadline",
-    "reward/crashes": "grader processes so far that died",
+    "reward/timeouts": "responses so far that earned 0 since their grading ran past reward.deadline",
+    "reward/crashes": "responses so far that earned 0 since their grader's process died",
+    "reward/failures": "responses so far that earned 0 since a reward function raised or gave no number; events.jsonl",
+    "reward/overlong_penalty": "what reward.overlong_buffer_len took off the rewards, mean; only where it is set",
+    "reward/NAME": "mean of the `logs` NAME that a reward function gives, over the responses that have one",
     "weights/version": "version of the weights that the engines serve after this step",
     "monitor/window": "steps behind the trends, at most monitor.window",
     "monitor/reward_change": "rise of the line through rollout/reward_mean over the window",
+    "monitor/success_change": "rise of the line through rollout/success_rate over the window",
     "monitor/form_change": "rise of the line through rollout/form over the window",
     "cost/generation_tokens_per_second": "response tokens / time/rollout / engine devices",
     "cost/training_tokens_per_second": "tokens of the rows, each with its prompt / (time/token_stats + time/train) / "
@@ -87,5 +92,5 @@ def unknown_metrics(names: Sequence[str]) -> Iterator[str]:
     """Names that METRICS does not explain."""
     for name in names:
         stem, _, number = name.rpartition("_")
-        if name not in METRICS and not (number.isdigit() and f"{stem}_N" in METRICS):
+        if name not in METRICS and not name.startswith("reward/") and not (number.isdigit() and f"{stem}_N" in METRICS):
             yield name

@@ -110,7 +110,11 @@ class MetricsLog:
             sink.write(step, metrics)
 
     def event(self, alert: Alert) -> None:
-        self._events.line(asdict(alert))
+        self.line(asdict(alert))
+
+    def line(self, event: dict[str, Any]) -> None:
+        """An event of another kind: it has a step and a cause."""
+        self._events.line(event)
 
     def close(self) -> None:
         for sink in (self._events, *self._sinks):
@@ -118,16 +122,21 @@ class MetricsLog:
 
 
 def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
-    """One line a person reads while it runs: reward, entropy against target, T, alpha, lengths, estimated end."""
+    """One line a person reads while it runs: reward, success, entropy against target, T, alpha, length, its end."""
     ends = time.strftime("%H:%M", time.localtime(time.time() + (steps - step) * m["time/step"]))
     return (
-        f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  "
+        f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  success {m['rollout/success_rate']:.2f}  "
         f"entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:g})  "
         f"T {m['dcpo/temperature']:g}  alpha {m['dcpo/alpha']:.3f}  length {m['rollout/length_mean']:.0f}  "
         f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s"
         + (f" (MFU {m['cost/mfu']:.2f})" if "cost/mfu" in m else "")
         + f"  ends about {ends}"
     )
+
+
+def success_rate(metrics: dict[str, float]) -> float:
+    """Share of a step's responses that are right; in records of before it had a name, the mean of rewards 0 and 1."""
+    return metrics.get("rollout/success_rate", metrics["rollout/reward_mean"])
 
 
 def final_table(
@@ -151,6 +160,7 @@ def final_table(
         "|---|---|---|",
         row(f"held-out accuracy ({problems} problems)", *accuracies),
         row("reward of the step's responses", first["rollout/reward_mean"], last["rollout/reward_mean"]),
+        row("share of them that are right", success_rate(first), success_rate(last)),
         row(f"entropy, nats/token (target {first['entropy/target']:g})", first["entropy/exact"], last["entropy/exact"]),
         f"| minutes, evaluation and export included | | {minutes:.1f} |",
         f"| peak memory of a policy process, GiB | | {peak_gib:.2f} |",

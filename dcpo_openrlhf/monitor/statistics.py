@@ -56,8 +56,7 @@ def batch_metrics(
     reward = torch.cat([e.rewards for e in experiences]).double()
     length = torch.cat([e.response_length for e in experiences]).double()
     truncated = torch.cat([e.truncated for e in experiences]).bool()
-    answered = torch.tensor([g.extracted is not None for g in grades])
-    correct = reward > 0
+    correct = torch.cat([e.success for e in experiences]) > 0
     formed = ~truncated & (rows["repetition"] <= REPETITIVE)
     groups = correct.reshape(-1, size)
     tokens = float(rows["tokens"].sum())
@@ -69,11 +68,12 @@ def batch_metrics(
     return {
         "rollout/reward_mean": float(reward.mean()),
         "rollout/reward_std": float(reward.std()),
+        "rollout/success_rate": float(correct.double().mean()),
         "rollout/length_mean": float(length.mean()),
         "rollout/length_max": float(length.max()),
         "rollout/truncated_fraction": float(truncated.double().mean()),
         "rollout/repetition": float(rows["repetition"].mean()),
-        "rollout/no_answer_fraction": 1.0 - float(answered.double().mean()),
+        "rollout/no_answer_fraction": sum(g.extracted is None for g in grades) / len(grades),
         "rollout/form": float(formed[correct].double().mean()) if correct.any() else 1.0,
         "group/distinct_answers": _distinct_answers(grades, size),
         "group/all_correct": float(groups.all(1).double().mean()),

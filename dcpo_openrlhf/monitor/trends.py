@@ -11,7 +11,7 @@ from dcpo_openrlhf.monitor.causes import CAUSES, Alert, band
 from dcpo_openrlhf.monitor.metrics import FAR
 from dcpo_openrlhf.recipe.schema import Monitor as Bounds
 
-HISTORY = ("entropy/exact", "rollout/reward_mean", "rollout/form")
+HISTORY = ("entropy/exact", "rollout/reward_mean", "rollout/success_rate", "rollout/form")
 """Metrics whose last `monitor.window` values are kept."""
 
 
@@ -56,6 +56,7 @@ class Monitor:
             "entropy/steps_to_leave": self._steps_to_leave(entropy, trend),
             "monitor/window": float(len(self.history["entropy/exact"])),
             "monitor/reward_change": _rise(self.history["rollout/reward_mean"]),
+            "monitor/success_change": _rise(self.history["rollout/success_rate"]),
             "monitor/form_change": _rise(self.history["rollout/form"]),
         }
 
@@ -73,7 +74,10 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; a shorter window keeps its last values. Other names are a ValueError."""
-        own = self.state_dict()
+        own, history = self.state_dict(), state.get("history", {})
+        if "rollout/success_rate" not in history and "rollout/reward_mean" in history:
+            # of before reward and success were two numbers
+            state = state | {"history": history | {"rollout/success_rate": history["rollout/reward_mean"]}}
         for part, names in own.items():
             if set(state.get(part, ())) != set(names):
                 raise ValueError(

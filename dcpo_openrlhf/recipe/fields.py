@@ -1,11 +1,15 @@
-"""Types that several fields of a recipe have."""
+"""What sections of a recipe are, and types that several of their fields have."""
 
 import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _expanded(path: Path) -> Path:

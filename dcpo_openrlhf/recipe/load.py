@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError, Section
+from dcpo_openrlhf.recipe.fields import Section
+from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ TESTED = {
     "vllm": "0.29.0",
 }
 """Versions that pyproject.toml pins, or OpenRLHF (deepspeed)."""
+IMPORT_LIMIT_S = 300.0
+"""For one reward function; torch alone takes seconds, much longer where all cores are busy."""
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
 
 
@@ -36,7 +40,7 @@ def check(recipe: Recipe, *, dry_run: bool = False) -> list[str]:
     can be planned anywhere.
     """
     found = violations(recipe, dry_run=dry_run)
-    wrong = found.pop("method") + found.pop("model")
+    wrong = found.pop("method") + found.pop("model") + found.pop("reward")
     lacking = [text for texts in found.values() for text in texts]
     if dry_run and _config_file(recipe, dry_run=True) == recipe.model.config:
         lacking.insert(0, f"model.path = {recipe.model.path} holds no model yet; download it there")
@@ -46,7 +50,7 @@ def check(recipe: Recipe, *, dry_run: bool = False) -> list[str]:
 
 
 def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]:
-    """Each check's name -> what it found, with the remedy; the first two, method and model, are the same anywhere."""
+    """Each check's name -> what it found, with the remedy; method, model and reward are errors of a dry run too."""
     machine = {
         "weights": _weights,
         "run folder": _run_folder,
@@ -59,7 +63,7 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
         "devices": _devices,
         "packages": _packages,
     }
-    found = {"method": list(_method(recipe)), "model": list(_model(recipe, dry_run))}
+    found = {"method": list(_method(recipe)), "model": list(_model(recipe, dry_run)), "reward": list(_reward(recipe))}
     return found | {name: list(part(recipe)) for name, part in machine.items()}
 
 
@@ -157,6 +161,23 @@ def _method(recipe: Recipe) -> Iterator[str]:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         yield f"method.name = {name!r} is not a row of methods.METHODS; {hint}choose one of {', '.join(METHODS)}"
+
+
+def _reward(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.reward.functions:
+        yield from (f"reward.function or reward.by_source: {reason}" for reason in why_not_imported(name))
+
+
+def why_not_imported(function: str) -> list[str]:
+    """What is wrong with a reward function, tried in a process like the graders'; nothing where it loads."""
+    command = [sys.executable, "-m", "dcpo_openrlhf.reward.functions", function]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_LIMIT_S)
+        return json.loads(tried.stdout)
+    except subprocess.TimeoutExpired:
+        return [f"{function} was not imported within {IMPORT_LIMIT_S:.0f} s"]
+    except ValueError:
+        return [f"{function} cannot be imported: its process ended with code {tried.returncode}"]
 
 
 def _config_file(recipe: Recipe, *, dry_run: bool) -> Path:

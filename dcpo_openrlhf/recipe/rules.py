@@ -1,6 +1,6 @@
 """The rules between fields of a recipe: what no single field can break alone."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
     from dcpo_openrlhf.recipe.schema import Recipe
@@ -8,7 +8,14 @@ if TYPE_CHECKING:
 
 def rules(r: "Recipe") -> list[tuple[bool, str]]:
     """(does the rule hold, what to say if not) for each rule between fields."""
-    return [*_step_rules(r), *_correction_rules(r), *_mesh_rules(r), *_device_rules(r), *_backend_rules(r)]
+    return [
+        *_step_rules(r),
+        *_reward_rules(r),
+        *_correction_rules(r),
+        *_mesh_rules(r),
+        *_device_rules(r),
+        *_backend_rules(r),
+    ]
 
 
 def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
@@ -89,6 +96,35 @@ def _correction_rules(r: "Recipe") -> list[tuple[bool, str]]:
             "high to the largest divergence",
         ),
     ]
+
+
+def _reward_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """Names of graders; the buffer of the overlong penalty."""
+    built_in = get_args(type(r.reward).model_fields["extractor"].annotation)
+    function, by_source = r.reward.function, r.reward.by_source
+    wrong = {source: name for source, name in by_source.items() if name not in built_in and not _names_function(name)}
+    return [
+        (
+            function is None or _names_function(function),
+            f"reward.function = {function!r} must be FILE.py:NAME or import.path:NAME; correct it, or set "
+            "reward.extractor for a built-in grader",
+        ),
+        (
+            not wrong,
+            f"reward.by_source = {wrong} must give each source FILE.py:NAME, import.path:NAME or one of "
+            f"{', '.join(built_in)}; correct the names",
+        ),
+        (
+            (r.reward.overlong_buffer_len or 0) <= r.rollout.max_new_tokens,
+            f"reward.overlong_buffer_len = {r.reward.overlong_buffer_len} must be at most rollout.max_new_tokens = "
+            f"{r.rollout.max_new_tokens}, where the penalty is whole; lower it",
+        ),
+    ]
+
+
+def _names_function(name: str) -> bool:
+    place, colon, function = name.rpartition(":")
+    return bool(colon and place and function.isidentifier())
 
 
 def _mesh_rules(r: "Recipe") -> list[tuple[bool, str]]:

@@ -4,19 +4,18 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dcpo_openrlhf.recipe.fields import Expanded, Fraction, Port, Positive
+from dcpo_openrlhf.recipe.fields import Expanded, Fraction, Port, Positive, Section
+from dcpo_openrlhf.recipe.monitor import Action as Action
+from dcpo_openrlhf.recipe.monitor import Monitor
 from dcpo_openrlhf.recipe.processor import native_dtype
+from dcpo_openrlhf.recipe.reward import Reward
 from dcpo_openrlhf.recipe.rules import rules
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run: names the rule, the values seen and the remedy."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -66,24 +65,11 @@ class Task(Section):
     system: str | None = None
     chat: bool = True
     """Wrap the prompt with the tokenizer's chat template as one user turn."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
     """Further variables of the chat template, for example {enable_thinking: false} (Qwen3)."""
     date: datetime.date | None = None
     """The day that a chat template may write as today (YYYY-MM-DD). None: that of the run's first start, which resumes
     and replays keep; it is looked for only where the template asks."""
-
-
-class Reward(Section):
-    extractor: Literal["boxed", "last_integer"] = "boxed"
-    """Where the answer stands in a response: the last \\boxed{}, or the last integer."""
-    require_end: bool = False
-    """A response cut off at max_new_tokens earns 0, whatever it says."""
-    workers: Positive = 4
-    """Grader processes."""
-    deadline: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds for one comparison; then 0, a counted event and a fresh worker."""
-    batch_deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds for all comparisons of a step; what is left then earns 0 and is counted."""
 
 
 class Method(Section):
@@ -235,7 +221,7 @@ class Rollout(Section):
     """1 to train: what is drawn at another T is not drawn from pi_old. Any for train.rollout_only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1 the sampler is no longer pi_old and E[rho] != 1."""
-    stop: list[str] = []
+    stop: list[str] = []  # noqa: RUF012
     """Texts, each one token, that end a response, beside EOS and the end of turn of the chat template."""
     dtype: Literal["bfloat16", "float32", "auto"] = "auto"
     """Engine weights; auto follows model.dtype."""
@@ -300,44 +286,6 @@ class Checkpoint(Section):
     """Seconds that saving the last finished step may take after an error that ends the run."""
     export_hf: bool = True
     """Write a Hugging Face folder after the last step."""
-
-
-Action = Literal["warn", "stop", "nothing"]
-"""warn: log and events.jsonl. stop: also save, export and end the run. nothing: counted in metrics.jsonl alone."""
-
-
-class Monitor(Section):
-    on_policy_only: bool = True
-    """Refuse rollouts that were made with other weights than the trainer's."""
-    window: Annotated[int, Field(ge=3)] = 10
-    """Steps that trends and changes are taken over."""
-    patience: Positive = 3
-    """Steps in a row for which a cause must hold before it is an alert."""
-    entropy_band: Fraction = 0.5
-    """The target band is H_0 (1 - entropy_band) to H_0 (1 + entropy_band)."""
-    truncation_bound: Fraction = 0.25
-    """Alert above this share of responses cut off at rollout.max_new_tokens."""
-    mismatch_bound: Annotated[float, Field(gt=0)] = 0.01
-    """Alert above this mean |p_trainer - p_engine| (verl: < 0.005 is normal, > 0.01 is bad)."""
-    ratio_mean_tolerance: Annotated[float, Field(gt=0)] = 0.5
-    """Alert where the mean of rho is farther than this from 1, its expectation."""
-    ratio_ess_bound: Fraction = 0.1
-    """Alert below this effective share of the tokens, (sum rho)^2 / (n sum rho^2)."""
-    hacking_change: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Alert where, over the window, the reward rises and the form of correct answers falls by at least this."""
-    on_collapse: Action = "warn"
-    on_explosion: Action = "warn"
-    on_truncation: Action = "warn"
-    on_mismatch: Action = "warn"
-    on_reward_hacking: Action = "warn"
-    on_rho_degenerate: Action = "warn"
-    on_weak_regulariser: Action = "warn"
-    tensorboard: bool = True
-    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
-    """Weights & Biases; offline writes to RUN/wandb, for `wandb sync`. (YAML reads a bare off as false.)"""
-    wandb_project: str = "dcpo_openrlhf"
-    samples_per_step: Annotated[int, Field(ge=0)] = 8
-    """Responses written to samples/ at each step."""
 
 
 class Estimate(Section):

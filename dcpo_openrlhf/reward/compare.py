@@ -4,6 +4,7 @@
 process that can be killed.
 """
 
+import re
 from collections.abc import Sequence
 
 from dcpo_openrlhf.reward import algebra
@@ -142,6 +143,8 @@ def check_answers(extractor: str, answers: Sequence[str]) -> None:
     for answer in answers:
         if extractor == "last_integer" and as_integer(answer) is None:
             raise ValueError(f'extractor "last_integer" needs integer answers, not {answer!r}; use "boxed"')
+        if extractor == "choice" and re.fullmatch(r"\s*\(?[A-J]\)?\s*", answer) is None:
+            raise ValueError(f'extractor "choice" needs a letter from A to J, not {answer!r}; use "boxed"')
         if len(answer) > MAX_ANSWER_CHARS:
             raise ValueError(f"an answer has at most {MAX_ANSWER_CHARS} characters, not {len(answer)}: {answer[:60]!r}")
 

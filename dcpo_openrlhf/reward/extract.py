@@ -4,7 +4,7 @@ import re
 from collections import deque
 from typing import Literal
 
-Extractor = Literal["boxed", "last_integer"]
+Extractor = Literal["boxed", "last_integer", "choice"]
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 _SECOND_GROUP = re.compile(r"\s*\{[^{}]*")
@@ -77,4 +77,42 @@ def as_integer(text: str) -> str | None:
     return None if match is None else _canonical_integer(match["digits"], match["sign"])
 
 
-EXTRACTORS = {"boxed": extract_boxed, "last_integer": last_integer}
+_SAYS = re.compile(r"\banswers?(?:\s+(?:choice|option|letter))?[\s*_]*(?:\bis\b|:|=)[\s:*_]*", re.IGNORECASE)
+_DRESS = r"[\s*_$`\"']*"
+_LETTER = re.compile(
+    rf"(?i:{_DRESS}(?:the\s+|correct\s+|option\s+|choice\s+)*){_DRESS}(?:\\(?:text|mathrm|mathbf|textbf|boxed)\s*\{{)*"
+    rf"{_DRESS}(?P<open>[(\[]\s*)?(?P<letter>[A-J])(?![\w'\u2019])(?P<rest>.*)",
+    re.DOTALL,
+)
+_ANOTHER = re.compile(r"[\s)\]}*_$.]*(?:,|/|&|\+|\bor\b|\band\b)[\s(\[*_$]*[A-J]\b(?!\w)")
+_IS_A_WORD = re.compile(r"[ \t]+(?!(?:because|since|as|for|or|and|but|is|with)\b)[a-z]")  # A dog, I think
+
+
+def extract_choice(text: str) -> str | None:
+    """The letter A to J that a response chooses; None where it names none, or two.
+
+    What counts is the last of: a box, "answer is (B)", "Answer: B"; without any of them, a last line that is a letter.
+    """
+    said = next(iter(deque(_SAYS.finditer(text), maxlen=1)), None)
+    boxed, box = extract_boxed(text), text.rfind("\\boxed")
+    if boxed is not None and (said is None or box > said.start()):
+        return _letter(boxed)
+    if said is not None:
+        return _letter(text[said.end() : said.end() + _LONGEST_CHOICE].partition("\n\n")[0])
+    last = text.rstrip().rpartition("\n")[2]
+    return _letter(last) if re.fullmatch(r"[\s*_$(\[]*[A-J][\s*_$)\].:]*", last) else None
+
+
+_LONGEST_CHOICE = 200
+
+
+def _letter(text: str) -> str | None:
+    match = _LETTER.match(text)
+    if match is None or _ANOTHER.match(match["rest"]):
+        return None
+    if match["letter"] in "AI" and not match["open"] and _IS_A_WORD.match(match["rest"]):
+        return None
+    return match["letter"]
+
+
+EXTRACTORS = {"boxed": extract_boxed, "last_integer": last_integer, "choice": extract_choice}

@@ -1,113 +1,81 @@
-"""Success of a response, in {0, 1}: extract the final answer, settle here what needs no algebra.
+"""What responses earn: each is graded by the grader of its source, built-in or a function of the user's.
 
-Algebra can hang, in Python and in C (factorials of six digits), where no signal handler of Python runs. So symbolic
-comparisons run in worker processes (worker.py) that are killed at a deadline and replaced.
+What needs no algebra is settled here. Symbolic comparisons, tests and reward functions can hang, in Python and in C,
+where no signal handler of Python runs: they run in worker processes (processes.py) that are killed at a deadline.
 """
 
-import json
+import logging
 import math
-import os
-import subprocess
-import sys
 import threading
-import time
-import weakref
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import wait
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
+from dcpo_openrlhf.reward.cases import Checks, checks_of, program_of
 from dcpo_openrlhf.reward.compare import check_answers, settle
-from dcpo_openrlhf.reward.extract import EXTRACTORS, Extractor
-from dcpo_openrlhf.reward.worker import EQUAL, READY
+from dcpo_openrlhf.reward.extract import EXTRACTORS
+from dcpo_openrlhf.reward.grades import Grade, Question
+from dcpo_openrlhf.reward.processes import CRASHED, TIMED_OUT, GraderError, Job, Workers
+
+__all__ = ["BUILT_IN", "Grade", "GraderError", "GraderPool", "Question", "check_question", "chosen_grader"]
+
+logger = logging.getLogger(__name__)
+PYTHON_TESTS = "python_tests"
+BUILT_IN = (*EXTRACTORS, PYTHON_TESTS)
 
 
-class GraderError(RuntimeError):
-    """The grader itself cannot work; never raised for a bad response, which is graded 0."""
+def chosen_grader(source: str, *, default: str, by_source: Mapping[str, str]) -> str:
+    """The grader of a problem's source: by its name, else the first pattern (fnmatch) that fits, else the default."""
+    fits = (grader for pattern, grader in by_source.items() if fnmatchcase(source, pattern))
+    return by_source.get(source) or next(fits, default)
 
 
-@dataclass(frozen=True)
-class Grade:
-    """What one response earned."""
-
-    reward: float
-    """1.0 or 0.0."""
-    extracted: str | None
-    """The final answer as found in the response; None where the asked form is absent."""
-    timed_out: bool = False
-    crashed: bool = False
-
-
-START_LIMIT_S = 600.0  # importing mpmath takes 0.2 s, much longer where all cores are busy
-
-
-class _Worker:
-    """A child process that compares one pair at a time; `pair` is None while it starts and while it is idle."""
-
-    def __init__(self, deadline_s: float):
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, os.environ.get("PYTHONPATH", "")]
-        # A fresh interpreter, not a fork: the caller may hold threads, CUDA and Ray. Its __main__ is not imported.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dcpo_openrlhf.reward.worker", str(deadline_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
-        self.ready = False
-        self.pair: tuple[str, str] | None = None
-        self.due = time.monotonic() + START_LIMIT_S
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and self.pair is None
-
-    def fileno(self) -> int:
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
-
-    def send(self, pair: tuple[str, str], *, deadline_s: float) -> None:
-        """Starts a comparison. Never blocks: the pipe of an idle worker is empty and holds the longest request."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(pair).encode() + b"\n")
-        self.pair, self.due = pair, time.monotonic() + deadline_s
-
-    def stop(self) -> int:
-        """Kills and reaps the process; its exit code."""
-        self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
-        return self.process.wait()
-
-
-def _stop_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().stop()
+def check_question(grader: str, question: Question) -> None:
+    """Raise ValueError for an unknown grader, or a question that a built-in one cannot grade. For a run's start."""
+    if grader == PYTHON_TESTS:
+        checks_of(question)
+    elif ":" not in grader:
+        check_answers(grader, [question.answer])
 
 
 class GraderPool:
-    """Grades responses; symbolic comparisons in at most `workers` processes, `deadline_s` seconds each.
+    """Grades responses, in at most `workers` processes, `deadline_s` seconds for each comparison, test or call.
 
-    A comparison past its deadline, or one whose worker dies, earns 0 and is counted in `timeouts` or `crashes`.
-    Workers start at the first comparison that needs one, so integer tasks never start any. They end with close(), at
-    interpreter exit, and by themselves when the parent dies. Threads may share a pool; they take turns.
+    What is past its deadline, or whose worker dies, earns 0 and is counted in `timeouts` or `crashes`; what a function
+    answers wrongly in `failures`. Workers start at the first response that needs one, so integer tasks never start any.
+    They end with close(), at interpreter exit, and by themselves when the parent dies. Threads may share a pool; they
+    take turns.
     """
 
-    def __init__(self, *, workers: int, extractor: Extractor, deadline_s: float, batch_deadline_s: float = math.inf):
-        """batch_deadline_s: seconds of one `grade`, from its first comparison on; what is left then has timed out."""
-        check_answers(extractor, [])
+    def __init__(
+        self,
+        *,
+        workers: int,
+        extractor: str = "boxed",
+        deadline_s: float,
+        batch_deadline_s: float = math.inf,
+        by_source: Mapping[str, str] | None = None,
+        batch_size: int | None = None,
+        success_threshold: float = 0.5,
+    ):
+        """extractor: a built-in grader or a function's name, for sources that `by_source` (pattern -> grader) leaves.
+
+        batch_deadline_s: seconds of one `grade`, from its first job on; what is left then has timed out.
+        batch_size: responses of one call of a function, whole groups; None: all that it grades at a time.
+        success_threshold: where a function names no success, it is 1 from this reward on.
+        """
+        self._default, self._by_source = extractor, dict(by_source or {})
+        for grader in (extractor, *self._by_source.values()):
+            if ":" not in grader and grader not in BUILT_IN:
+                raise ValueError(f"extractor must be one of {', '.join(BUILT_IN)}, or FILE.py:NAME, not {grader!r}")
         if workers < 1 or deadline_s <= 0:
             raise ValueError(f"a pool needs workers >= 1 and deadline_s > 0, not {workers} and {deadline_s}")
-        self.timeouts = 0  # responses graded 0 since their comparison took longer than deadline_s
+        self.timeouts = 0  # responses graded 0 since their grading took longer than deadline_s
         self.crashes = 0  # responses graded 0 since their worker died
-        self._size, self._extractor, self._deadline_s = workers, extractor, deadline_s
-        self._batch_deadline_s = batch_deadline_s
-        self._workers: list[_Worker] = []
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _stop_all, self._workers)
+        self.failures = 0  # responses graded 0 since a reward function raised, or gave no number for them
+        self._batch_size, self._threshold = batch_size, success_threshold
+        self._workers = Workers(workers, deadline_s=deadline_s, batch_deadline_s=batch_deadline_s)
+        self._lock, self._told = threading.Lock(), set[str]()
 
     def __enter__(self) -> "GraderPool":
         return self
@@ -118,102 +86,143 @@ class GraderPool:
     def close(self) -> None:
         """Ends the workers; the pool grades no more."""
         with self._lock:
-            self._finalizer()
+            self._workers.close()
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """One Grade for each response, in order; equal (answer, extracted) pairs are compared once.
+    def grade(
+        self,
+        responses: Sequence[str],
+        questions: Sequence[str | Question],
+        *,
+        queries: Sequence[str] | None = None,
+    ) -> list[Grade]:
+        """One Grade for each response, in order; a question may be its answer alone.
 
-        Raises ValueError for unequal counts or answers that the extractor cannot meet, GraderError if no worker starts.
+        queries: prompt and response as one text, for functions of OpenRLHF's form; None: the one behind the other.
+        Raises ValueError for unequal counts or answers that a grader cannot meet, GraderError if no worker starts.
         """
-        if len(responses) != len(answers):
-            raise ValueError(f"one answer a response is needed, not {len(answers)} for {len(responses)}")
-        check_answers(self._extractor, answers)
-        extracted = [EXTRACTORS[self._extractor](response) for response in responses]
-        settled = [settle(found, answer) for found, answer in zip(extracted, answers, strict=True)]
-        pairs = [(a, f) for a, f, reward in zip(answers, extracted, settled, strict=True) if reward is None and f]
+        if len(responses) != len(questions):
+            raise ValueError(f"one answer a response is needed, not {len(questions)} for {len(responses)}")
+        asked = [Question(q) if isinstance(q, str) else q for q in questions]
+        queries = queries or [q.prompt + response for q, response in zip(asked, responses, strict=True)]
+        rows: dict[str, list[int]] = {}
+        for i, question in enumerate(asked):
+            grader = chosen_grader(question.source, default=self._default, by_source=self._by_source)
+            rows.setdefault(grader, []).append(i)
+        grades: dict[int, Grade] = {}
+        jobs: list[Any] = []
+        for grader, some in rows.items():
+            if ":" in grader:
+                batches = _batches(some, asked, self._batch_size)
+                jobs += [_Call(grader, batch, asked, responses, queries, self._threshold) for batch in batches]
+                continue
+            if grader == PYTHON_TESTS:
+                tested = [(i, program_of(responses[i]), checks_of(asked[i])) for i in some]
+                jobs += [_Tested(i, program, tests) for i, program, tests in tested if program is not None]
+                grades |= {i: Grade(0.0, None) for i, program, _ in tested if program is None}
+                continue
+            check_answers(grader, [asked[i].answer for i in some])
+            comparisons: dict[tuple[str, str], _Comparison] = {}
+            for i in some:
+                found, answer = EXTRACTORS[grader](responses[i]), asked[i].answer
+                reward = settle(found, answer)
+                if reward is not None or found is None:
+                    grades[i] = Grade(reward or 0.0, found)
+                else:  # equal pairs are compared once
+                    comparisons.setdefault((answer, found), _Comparison(answer, found)).rows.append(i)
+            jobs += comparisons.values()
         with self._lock:
-            if not self._finalizer.alive:
+            if not self._workers.open:
                 raise GraderError("the grader pool is closed; make a new one")
-            outcomes = self._compare(list(dict.fromkeys(pairs)))
-        grades = []
-        for answer, found, reward in zip(answers, extracted, settled, strict=True):
-            outcome = None if reward is not None or found is None else outcomes[answer, found]
-            reward = float(outcome == "equal") if reward is None else reward
-            grades.append(Grade(reward, found, timed_out=outcome == "timed_out", crashed=outcome == "crashed"))
-        self.timeouts += sum(g.timed_out for g in grades)
-        self.crashes += sum(g.crashed for g in grades)
-        return grades
+            for job in self._workers.run(jobs):
+                grades |= job.grades()  # type: ignore[attr-defined]
+                if isinstance(job, _Tested):
+                    self._tell(job.lacking)
+        self.timeouts += sum(g.timed_out for g in grades.values())
+        self.crashes += sum(g.crashed for g in grades.values())
+        self.failures += sum(bool(g.failure) and not g.timed_out and not g.crashed for g in grades.values())
+        return [grades[i] for i in range(len(responses))]
 
-    def _compare(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-        """pair (gold, found) -> "equal", "unequal", "timed_out" or "crashed"."""
-        outcomes: dict[tuple[str, str], str] = {}
-        pending, ends = deque(pairs), math.inf
-        try:
-            while len(outcomes) < len(pairs):
-                self._hand_out(pending, outstanding=len(pairs) - len(outcomes))
-                active = [w for w in self._workers if not w.idle]
-                if ends == math.inf and any(w.pair for w in active):  # starting a worker is not comparing
-                    ends = time.monotonic() + self._batch_deadline_s
-                patience = max(0.0, min(ends, *(w.due for w in active)) - time.monotonic())
-                for worker in wait(active, timeout=patience):  # type: ignore  # anything with a fileno will do
-                    self._receive(worker, outcomes)  # type: ignore
-                self._expire(outcomes)
-                if time.monotonic() >= ends:
-                    self._end_batch(pending, outcomes)
-        except BaseException:
-            _stop_all(self._workers)  # their answers would be taken for those of the next call
-            raise
-        return outcomes
+    def _tell(self, lacking: Sequence[str]) -> None:
+        """What programs under test can do here that they should not, once."""
+        for what in lacking:
+            if what not in self._told:
+                self._told.add(what)
+                logger.warning("python_tests: this kernel lets no process give up %s", what)
 
-    def _hand_out(self, pending: deque[tuple[str, str]], *, outstanding: int) -> None:
-        """Gives each idle worker a pair, and starts workers while there are more pairs than workers."""
-        for worker in [w for w in self._workers if w.idle]:
-            if pending:
-                try:
-                    worker.send(pending[0], deadline_s=self._deadline_s)
-                    pending.popleft()
-                except BrokenPipeError:  # it died while idle: the pair is not to blame
-                    self._discard(worker)
-        while len(self._workers) < min(self._size, outstanding):
-            self._workers.append(_Worker(self._deadline_s))
 
-    def _receive(self, worker: _Worker, outcomes: dict[tuple[str, str], str]) -> None:
-        reply = os.read(worker.fileno(), 1)
-        if reply == READY:
-            worker.ready = True
-        elif reply and worker.pair is not None:
-            outcomes[worker.pair] = "equal" if reply == EQUAL else "unequal"
-            worker.pair = None
-        else:  # end of file
-            started, pair = worker.ready, worker.pair
-            code = self._discard(worker)
-            if not started:
-                raise GraderError(
-                    f"a grading worker exited with code {code} before it was ready; its error is on stderr above; "
-                    f"check that `{sys.executable} -c 'import mpmath'` works"
-                )
-            if pair is not None:
-                outcomes[pair] = "crashed"
+class _Tested(Job):
+    """Whether a program passes its tests; the worker ends it at its deadline by itself."""
 
-    def _expire(self, outcomes: dict[tuple[str, str], str]) -> None:
-        now = time.monotonic()
-        for worker in [w for w in self._workers if not w.idle and w.due <= now]:
-            if worker.pair is None:
-                raise GraderError(
-                    f"a grading worker was not ready within {START_LIMIT_S:.0f} s; free some CPU or memory"
-                )
-            outcomes[worker.pair] = "timed_out"
-            self._discard(worker)
+    def __init__(self, row: int, program: str, tests: Checks) -> None:
+        super().__init__({"program": program, "code": tests.code, "cases": tests.cases}, grace_s=4.0)
+        self._row, self._program = row, program
 
-    def _end_batch(self, pending: deque[tuple[str, str]], outcomes: dict[tuple[str, str], str]) -> None:
-        """What is compared and what waits has timed out."""
-        for worker in [w for w in self._workers if w.pair is not None]:
-            assert worker.pair is not None
-            outcomes[worker.pair] = "timed_out"
-            self._discard(worker)
-        outcomes |= dict.fromkeys(pending, "timed_out")
-        pending.clear()
+    @property
+    def lacking(self) -> Sequence[str]:
+        return self.reply["lacking"] if self.lost is None else ()
 
-    def _discard(self, worker: _Worker) -> int:
-        self._workers.remove(worker)
-        return worker.stop()
+    def grades(self) -> dict[int, Grade]:
+        found = {"passed": False, "timed_out": self.lost == TIMED_OUT} if self.lost is not None else self.reply
+        passed, timed_out, crashed = bool(found["passed"]), found["timed_out"], self.lost == CRASHED
+        return {self._row: Grade(float(passed), self._program, timed_out, crashed)}
+
+
+class _Comparison(Job):
+    """Whether two answers are equal, for all responses that gave this one."""
+
+    def __init__(self, gold: str, found: str) -> None:
+        super().__init__({"gold": gold, "found": found})
+        self.found, self.rows = found, list[int]()
+
+    def grades(self) -> dict[int, Grade]:
+        timed_out, crashed = self.lost == TIMED_OUT, self.lost == CRASHED
+        return dict.fromkeys(self.rows, Grade(float(self.reply is True), self.found, timed_out, crashed))
+
+
+class _Call(Job):
+    """A reward function on some rows. Where it raises, hangs or dies, halves are tried: one row costs itself."""
+
+    def __init__(self, function: str, rows: Sequence[int], *batch: Any) -> None:
+        asked, responses, queries, threshold = batch
+        of_rows = [(q.prompt, responses[i], q.answer, q.source, q.metadata) for i, q in ((i, asked[i]) for i in rows)]
+        payload = {"rows": of_rows, "queries": [queries[i] for i in rows], "threshold": threshold}
+        super().__init__(payload, function=function)
+        self.rows, self._batch = rows, batch
+
+    @property
+    def _raised(self) -> str | None:
+        """Why the call gave no answer at all."""
+        if self.lost is not None:
+            return {TIMED_OUT: "ran past reward.deadline", CRASHED: "its process died"}[self.lost]
+        return self.reply.get("raised") if isinstance(self.reply, dict) else None
+
+    def parts(self) -> list[Job]:
+        if self._raised is None or len(self.rows) == 1:
+            return []
+        middle = len(self.rows) // 2
+        assert self.function is not None
+        return [_Call(self.function, rows, *self._batch) for rows in (self.rows[:middle], self.rows[middle:])]
+
+    def grades(self) -> dict[int, Grade]:
+        reply: Any = self.reply
+        failure = self._raised or (reply.get("wrong") if isinstance(reply, dict) else None)
+        answers = [{"failure": failure}] * len(self.rows) if failure else reply
+        return {i: self._grade(answer) for i, answer in zip(self.rows, answers, strict=True)}
+
+    def _grade(self, answer: dict[str, Any]) -> Grade:
+        if "failure" in answer:
+            failure = f"{self.function}: {answer['failure']}"
+            return Grade(0.0, None, self.lost == TIMED_OUT, self.lost == CRASHED, failure=failure)
+        return Grade(answer["reward"], answer["extracted"], success=answer["success"], logs=answer["logs"])
+
+
+def _batches(rows: Sequence[int], asked: Sequence[Question], size: int | None) -> Sequence[Sequence[int]]:
+    """The rows in batches of `size`, or a little more where a group, the responses to one problem, would be cut."""
+    if size is None:
+        return [rows]
+    batches: list[list[int]] = [[]]
+    for row in rows:
+        if len(batches[-1]) >= size and asked[row].id != asked[batches[-1][-1]].id:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

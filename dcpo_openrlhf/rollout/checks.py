@@ -47,6 +47,8 @@ def _one_sample(sample: Any, where: str, weights_version: int | None) -> None:
     reward, mask = float(sample.rewards[0]), sample.action_mask[0].bool()
     if not math.isfinite(reward):
         raise ImpossibleValue(f"{where}: field rewards = {reward} must be finite; check the grader")
+    if sample.scores is not None and float(sample.scores[0]) not in (0.0, 1.0):
+        raise ImpossibleValue(f"{where}: field scores = {float(sample.scores[0])}, the success, must be 0 or 1")
     length = int(sample.response_length[0])
     if int(mask.sum()) != length or length == 0:
         raise ImpossibleValue(

@@ -5,8 +5,8 @@ Nothing here imports torch or ray; a tokenizer is any object with Hugging Face's
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,8 @@ class Problem:
     source: str
     difficulty: int = 0
     """0 where the source names none; the level for built-in arithmetic."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further keys of the problem's line, for graders."""
 
 
 class Prompt(NamedTuple):
@@ -87,8 +89,8 @@ OTHER_NAMES = ("prompt", "question", "messages")
 def load_jsonl(path: str | Path) -> list[Problem]:
     """The problems of a JSONL file, one object a line with the string keys id, problem, answer and source.
 
-    Other keys are ignored. Raises TaskError with file and line number for anything else: an unreadable or empty file,
-    a blank or malformed line, a missing, empty or non-string value, an id seen before.
+    Other keys are its metadata. Raises TaskError with file and line number for anything else: an unreadable or empty
+    file, a blank or malformed line, a missing, empty or non-string value, an id seen before.
     """
     path = Path(path)
     try:
@@ -130,7 +132,7 @@ def _parse_line(line: bytes, *, where: str) -> Problem:
         if key != "source" and not record[key].strip():
             raise TaskError(f"{where}: {key} is empty; give it a value or remove the line")
         require_text(record[key], what=f"{where}: {key}")
-    return Problem(**{key: record[key] for key in JSONL_KEYS})
+    return Problem(**{key: record.pop(key) for key in JSONL_KEYS}, metadata=record)
 
 
 def require_text(text: str, *, what: str) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,8 @@ def random_rows(count: int, seed: int = 0) -> list[Row]:
                 "engine": uniform(length, -3, 0),
                 "entropy": uniform(length, 0, 2),
                 "ratio": uniform(length, 0.1, 3),
-                "reward": [0.0, 1.0, float(i % 2)][i // GROUP % 3],
+                "reward": [0.0, 1.0, float(i % 2)][i // GROUP % 3] + 0.25 * (i % 4) - 2.0 * (i % 3 == 1),
+                "success": [0.0, 1.0, float(i % 2)][i // GROUP % 3],
                 "truncated": i % 5 == 0,
                 "answer": [None, "7", "8"][i % 3] if i // GROUP % 2 else "7",
             }
@@ -89,6 +91,7 @@ def experience(rows: Sequence[Row], method: str, *, padding: int = 0, alpha: flo
         return out
 
     reward = torch.tensor([r["reward"] for r in rows])
+    success = torch.tensor([r["success"] for r in rows])
     ratio, entropy = padded("ratio", math.nan), padded("entropy", math.nan)
     tokens = padded("tokens", 1.0).long()
     ends = torch.tensor([r["prompt"] + len(r["tokens"]) for r in rows])
@@ -101,12 +104,13 @@ def experience(rows: Sequence[Row], method: str, *, padding: int = 0, alpha: flo
         entropy=entropy,
         target_ratio=ratio,
         rewards=reward,
+        scores=success,
         response_length=torch.tensor([len(r["tokens"]) for r in rows]),
         truncated=torch.tensor([r["truncated"] for r in rows]),
         advantage_terms=methods.method_advantage(
             methods.METHODS[method],
             group_advantage=objectives.group_advantage(reward=reward, group_size=GROUP),
-            success=reward,
+            success=success,
             target_ratio=ratio,
             entropy=entropy,
             alpha=alpha,
@@ -120,7 +124,7 @@ def metrics_of(rows: Sequence[Row], method: str = "dcpo", *, split: int | None =
     parts = [rows[i : i + split] for i in range(0, len(rows), split)]
     return batch_metrics(
         [experience(part, method, padding=padding) for part in parts],
-        grades=[Grade(r["reward"], r["answer"]) for r in rows],
+        grades=[Grade(r["reward"], r["answer"], success=r["success"]) for r in rows],
         prompts=[prompt(i) for i in range(len(rows) // GROUP)],
         alpha=ALPHA if methods.METHODS[method].uses_alpha else 0.0,
         mixing="convex",
@@ -144,13 +148,13 @@ def twin_repetition(tokens: list[int]) -> float:
 def twin_regulariser(method: str, row: Row, advantage: float, t: int) -> tuple[float, float]:
     """(advantage of token t, the regulariser's part of it), by the equations of the README."""
     w = ALPHA / (1 + ALPHA)
-    ratio, reward, entropy = row["ratio"][t], row["reward"], row["entropy"][t]
+    ratio, success, entropy = row["ratio"][t], row["success"], row["entropy"][t]
     part = {
         "grpo": 0.0,
         "entropy_reg": 0.0,
-        "dcpo": w * ratio * reward,
-        "j1": w * reward,
-        "j3": w * ratio * reward,
+        "dcpo": w * ratio * success,
+        "j1": w * success,
+        "j3": w * ratio * success,
         "dcpo_wo_reinforce": w * ratio * advantage,
         "entropy_adv": min(0.4 * entropy, abs(advantage) / 2.0),
     }[method]
@@ -162,7 +166,7 @@ def twin(rows: Sequence[Row], method: str) -> dict[str, float]:
     """batch_metrics, written as loops over Python floats."""
     groups = [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
     tokens = [(r, t, gi) for gi, g in enumerate(groups) for r in g for t in range(len(r["tokens"]))]
-    solved = [sum(r["reward"] for r in g) for g in groups]
+    solved = [sum(r["success"] for r in g) for g in groups]
     total = part = 0.0
     for g in groups:
         spread = math.sqrt(sum((r["reward"] - mean([x["reward"] for x in g])) ** 2 for r in g) / (GROUP - 1))
@@ -173,14 +177,14 @@ def twin(rows: Sequence[Row], method: str) -> dict[str, float]:
                 total, part = total + abs(whole), part + abs(regulariser)
     difference = [abs(math.exp(r["logp"][t]) - math.exp(r["engine"][t])) for r, t, _ in tokens]
     ratio = sorted(r["ratio"][t] for r, t, _ in tokens)
-    correct = [r for r in rows if r["reward"]]
+    correct = [r for r in rows if r["success"]]
     formed = [not r["truncated"] and twin_repetition(r["tokens"]) <= 0.5 for r in correct]
     rewards = [r["reward"] for r in rows]
     lengths = [len(r["tokens"]) for r in rows]
     selected = {
         "exact": tokens,
-        "correct": [x for x in tokens if x[0]["reward"]],
-        "wrong": [x for x in tokens if not x[0]["reward"]],
+        "correct": [x for x in tokens if x[0]["success"]],
+        "wrong": [x for x in tokens if not x[0]["success"]],
         "solved_none": [x for x in tokens if solved[x[2]] == 0],
         "solved_some": [x for x in tokens if 0 < solved[x[2]] < GROUP],
         "solved_all": [x for x in tokens if solved[x[2]] == GROUP],
@@ -195,6 +199,7 @@ def twin(rows: Sequence[Row], method: str) -> dict[str, float]:
     return {
         "rollout/reward_mean": mean(rewards),
         "rollout/reward_std": math.sqrt(sum((r - mean(rewards)) ** 2 for r in rewards) / (len(rewards) - 1)),
+        "rollout/success_rate": mean([r["success"] for r in rows]),
         "rollout/length_mean": mean(lengths),
         "rollout/length_max": max(lengths),
         "rollout/truncated_fraction": mean([r["truncated"] for r in rows]),
@@ -236,8 +241,8 @@ def test_the_share_counts_rows_drawn_at_t_and_the_expected_regulariser(method: s
     w, advantage = ALPHA / (1 + ALPHA), objectives.group_advantage(reward=found.rewards, group_size=GROUP).tolist()
     lengths, extra = [len(r["tokens"]) for r in rows], 0.0
     if method == "dcpo_expected":
-        found.expected_weight = w * found.rewards
-        extra = sum(w * r["reward"] * len(r["tokens"]) for r in rows)
+        found.expected_weight = w * found.success
+        extra = sum(w * r["success"] * len(r["tokens"]) for r in rows)
     else:
         found.tempered = experience(drawn, "grpo")
         found.tempered.advantage_terms = (found.tempered.entropy,)
@@ -247,7 +252,7 @@ def test_the_share_counts_rows_drawn_at_t_and_the_expected_regulariser(method: s
         lengths = [n if i not in (3, 4, 1) else 0 for i, n in enumerate(lengths)]
     alpha = ALPHA if methods.METHODS[method].uses_alpha else 0.0
     own = (1 - w if alpha else 1.0) * sum(abs(a) * n for a, n in zip(advantage, lengths, strict=True))
-    grades = [Grade(r["reward"], r["answer"]) for r in rows]
+    grades = [Grade(r["reward"], r["answer"], success=r["success"]) for r in rows]
     metrics = batch_metrics([found], grades=grades, prompts=[prompt(0), prompt(1)], alpha=alpha, mixing="convex")
     assert metrics["dcpo/regulariser_share"] == pytest.approx(extra / (own + extra), rel=1e-5)
 
@@ -262,7 +267,7 @@ def test_padding_split_and_order_of_groups_change_nothing() -> None:
 
 
 def test_parts_without_tokens_are_absent_and_nothing_divides_by_zero() -> None:
-    wrong = [r | {"reward": 0.0} for r in random_rows(GROUP)]
+    wrong = [r | {"reward": 0.0, "success": 0.0} for r in random_rows(GROUP)]
     found = metrics_of(wrong, "grpo")
     assert found["dcpo/regulariser_share"] == 0.0 and found["rollout/form"] == 1.0
     assert not {"entropy/correct", "entropy/solved_all", "entropy/solved_some", "entropy/difficulty_1"} & set(found)
@@ -291,7 +296,15 @@ def test_repetition_sees_loops_at_the_end() -> None:
 
 # --- causes ----------------------------------------------------------------------------------------------------------
 
-HEALTHY: Row = {"entropy": 0.5, "engine": 0.0, "ratio": [0.9, 1.1], "correct": 2, "truncated": 0, "formless": 0}
+HEALTHY: Row = {
+    "entropy": 0.5,
+    "engine": 0.0,
+    "ratio": [0.9, 1.1],
+    "correct": 2,
+    "truncated": 0,
+    "formless": 0,
+    "bonus": 0.0,
+}
 
 
 def step_metrics(state: Row, *, method: str = "dcpo", alpha: float = ALPHA, target: float = 0.5) -> dict[str, float]:
@@ -311,14 +324,15 @@ def step_metrics(state: Row, *, method: str = "dcpo", alpha: float = ALPHA, targ
                 "engine": [-state["entropy"] - state["engine"]] * 8,
                 "entropy": [state["entropy"]] * 8,
                 "ratio": (state["ratio"] * 8)[:8],
-                "reward": float(place < state["correct"]),
+                "reward": float(place < state["correct"]) + state["bonus"],
+                "success": float(place < state["correct"]),
                 "truncated": place < state["formless"] or place >= GROUP - state["truncated"],
                 "answer": str(place),
             }
         )
     found = batch_metrics(
         [experience(rows, method, alpha=alpha)],
-        grades=[Grade(r["reward"], r["answer"]) for r in rows],
+        grades=[Grade(r["reward"], r["answer"], success=r["success"]) for r in rows],
         prompts=[prompt(0), prompt(1)],
         alpha=alpha,
         mixing="convex",
@@ -370,6 +384,8 @@ HACKED = [dict(HEALTHY, correct=1 + i // 4, formless=min(i // 4, 3)) for i in ra
         (series(engine=0.01), "dcpo", set()),
         (HACKED, "dcpo", {"reward_hacking", "truncation"}),
         ([dict(s, formless=0) for s in HACKED], "dcpo", set()),  # the reward rises and the form stays
+        (series(correct=(3.9, 1), bonus=(0.0, 1.0)), "dcpo", {"reward_hacking"}),  # more reward, fewer right ones
+        (series(correct=2, bonus=(0.0, 1.0)), "dcpo", set()),
         ([dict(s, correct=3) for s in HACKED], "dcpo", {"truncation"}),  # the form goes and the reward stays
         (series(ratio=[0.2, 0.3]), "dcpo", {"rho_degenerate"}),
         (series(ratio=[0.01] * 7 + [7.9]), "dcpo", {"rho_degenerate"}),  # mean 1.0, effective share 1/8
@@ -484,6 +500,10 @@ def test_a_shorter_window_keeps_the_last_values_and_other_names_are_refused() ->
     short = make_monitor(make_recipe(window=3))
     short.load_state_dict(whole.state_dict())
     assert list(short.history["entropy/exact"]) == pytest.approx([0.43, 0.42, 0.41])
+    old = whole.state_dict()  # of before success had a name: every reward was one
+    del old["history"]["rollout/success_rate"]
+    whole.load_state_dict(old)
+    assert whole.history["rollout/success_rate"] == whole.history["rollout/reward_mean"] != deque()
     state = whole.state_dict()
     del state["streak"]["collapse"]
     with pytest.raises(ValueError, match=r"streak of .*'collapse'.*another version"):
@@ -497,6 +517,9 @@ STATUS = {f"policy/{n}": 0.1 for n in ("loss", "clip_fraction_high", "clip_fract
     "policy/learning_rate": 1e-6,
     **{f"time/{n}": 1.0 for n in ("rollout", "checkpoint", "token_stats", "train", "weight_sync", "step")},
 }
+
+
+LOGS = {"mine": 2.5, "overlong_penalty": 0.5}
 
 
 def alert_of(name: str, recipe: Recipe, **step: Any) -> Alert:
@@ -517,10 +540,10 @@ def make_trainer(recipe: Recipe) -> Any:
         ),
         controller=SimpleNamespace(no_success_count=2),
         cost=make_cost(recipe, 1e12),
-        grader=SimpleNamespace(timeouts=1, crashes=0),
+        grader=SimpleNamespace(timeouts=1, crashes=0, failures=4),
         weights_version=5,
         checkpoints=SimpleNamespace(saved_step=1),
-        grades=[Grade(r["reward"], r["answer"]) for r in rows],
+        grades=[Grade(r["reward"], r["answer"], success=r["success"], logs=LOGS) for r in rows],
         experiences=[experience(rows[: 2 * GROUP], "dcpo"), experience(rows[2 * GROUP :], "dcpo")],
     )
 
@@ -531,9 +554,10 @@ def test_a_step_emits_the_metrics_of_the_table_and_no_other(tmp_path: Path) -> N
     trainer.log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, **metrics}
     assert list(unknown_metrics(list(metrics))) == []
-    stems = {re.sub(r"_\d+$", "_N", name) for name in metrics}
+    stems = {re.sub(r"_\d+$", "_N", name).replace("reward/mine", "reward/NAME") for name in metrics}
     asked_for = {name for name, meaning in METRICS.items() if "only with" in meaning or name.startswith("correction/")}
     assert set(METRICS) - asked_for == stems | (set(METRICS) & set(metrics))
+    assert (metrics["reward/failures"], metrics["reward/mine"], metrics["reward/overlong_penalty"]) == (4, 2.5, 0.5)
     assert metrics["dcpo/alpha"] == ALPHA and metrics["dcpo/no_success_steps"] == 2 and metrics["weights/version"] == 5
 
 
@@ -646,7 +670,8 @@ def test_wandb_that_is_missing_is_an_error_that_says_what_to_do(
 
 def test_progress_line_tells_where_the_run_stands() -> None:
     metrics = {
-        "rollout/reward_mean": 0.25,
+        "rollout/reward_mean": -0.25,
+        "rollout/success_rate": 0.125,
         "entropy/exact": 0.31234,
         "entropy/target": 0.5,
         "dcpo/temperature": 2.0,
@@ -656,6 +681,15 @@ def test_progress_line_tells_where_the_run_stands() -> None:
         "time/step": 12.3,
     }
     line = progress_line(3, 30, metrics)
-    for part in ("step 3/30", "reward 0.25", "entropy 0.312 (target 0.5)", "T 2 ", "alpha 0.188", "length 8", "12 s"):
+    for part in (
+        "step 3/30",
+        "reward -0.25",
+        "success 0.12",
+        "entropy 0.312 (target 0.5)",
+        "T 2 ",
+        "alpha 0.188",
+        "length 8",
+        "12 s",
+    ):
         assert part in line, line
     assert "ends about" in line and "\n" not in line

@@ -289,6 +289,21 @@ RULES = [
         ["correction.gating = tv is bounded above alone, got correction.low = 0.5", "set low=0"],
     ),
     (
+        ["reward.function=boxed"],
+        ["reward.function = 'boxed' must be FILE.py:NAME or import.path:NAME", "set reward.extractor"],
+    ),
+    (
+        ["reward.by_source={gsm8k: last_intger, mbpp: 'a.py:f', math: boxed, x: 'a.py:'}"],
+        [
+            "reward.by_source = {'gsm8k': 'last_intger', 'x': 'a.py:'} must give each source FILE.py:NAME",
+            "last_integer",
+        ],
+    ),
+    (
+        ["reward.overlong_buffer_len=9000"],
+        ["reward.overlong_buffer_len = 9000 must be at most rollout.max_new_tokens = 8192", "lower it"],
+    ),
+    (
         ["rollout.replay=runs/a", "rollout.record=true"],
         ["rollout.replay reads recorded responses", "unset them"],
     ),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dcpo_openrlhf.reward.compare import grade
-from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, last_integer
+from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, extract_choice, last_integer
 from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
 from tests.bounds import HANG_S
 
@@ -113,6 +113,56 @@ def test_as_integer(text, expected):
 
 
 @pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (r"So it is \boxed{B}.", "B"),
+        (r"\boxed{\text{(C)}}", "C"),
+        (r"\boxed{\textbf{D}}", "D"),
+        (r"\boxed{B: 12 apples}", "B"),
+        (r"\boxed{12}", None),
+        (r"\boxed{A, B}", None),
+        (r"The answer is A. No: \boxed{C}", "C"),
+        (r"I box \boxed{C} first, but the answer is (D).", "D"),
+        ("The answer is (B).", "B"),
+        ("the answer is: **J**", "J"),
+        ("Answer: C", "C"),
+        ("**Answer:** $D$", "D"),
+        ("Answer: $\\boxed{E}$", "E"),
+        ("The correct answer is option B, since A is too small.", "B"),
+        ("The answer is A because of B.", "A"),
+        ("The answer choice is (I) 5", "I"),
+        ("First the answer is A. Then the answer is B.", "B"),
+        ("The answer is A or B", None),
+        ("The answer is (A) and (B)", None),
+        ("Answer: A, C", None),
+        ("The answer is I think B", None),
+        ("The answer is A dog", None),
+        ("The answer is a", None),
+        ("The answer is K", None),
+        ("The answer is 12", None),
+        ("The answer is Both", None),
+        ("B", "B"),
+        ("Let me see.\n\n(B)", "B"),
+        ("**C**.", "C"),
+        ("A B C D", None),
+        ("Options: A, B, C or D. It could be A.", None),
+        ("", None),
+    ],
+)
+def test_extract_choice(text, letter):
+    assert extract_choice(text) == letter
+
+
+def test_a_choice_is_graded_by_its_letter():
+    with GraderPool(workers=1, extractor="choice", deadline_s=5) as pool:
+        grades = pool.grade(["The answer is (B).", "Answer: B", "Answer: C", "no idea"], ["B", "(B)", "B", "B"])
+        assert grades == [Grade(1.0, "B"), Grade(1.0, "B"), Grade(0.0, "C"), Grade(0.0, None)]
+        assert pool._workers.active == []
+        with pytest.raises(ValueError, match="needs a letter from A to J, not '12'"):
+            pool.grade(["12"], ["12"])
+
+
+@pytest.mark.parametrize(
     ("answer", "gold"),
     [
         ("83", "83"),
@@ -175,7 +225,7 @@ def test_integers_start_no_worker():
     with GraderPool(workers=2, extractor="last_integer", deadline_s=1) as pool:
         grades = pool.grade(["It is 7.", "8", "seven"], ["7", "7", "7"])
         assert grades == [Grade(1.0, "7"), Grade(0.0, "8"), Grade(0.0, None)]
-        assert pool._workers == []
+        assert pool._workers.active == []
 
 
 def test_grades_keep_the_order_of_the_responses(pool):
@@ -212,14 +262,14 @@ def test_a_dead_worker_is_counted_and_replaced():
         grades = []
         thread = threading.Thread(target=lambda: grades.extend(pool.grade([boxed(HANGS)], [r"\frac{1}{2}"])))
         thread.start()
-        _wait_until(lambda: pool._workers and pool._workers[0].pair)
-        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        _wait_until(lambda: pool._workers.active and pool._workers.active[0].job)
+        os.kill(pool._workers.active[0].process.pid, signal.SIGKILL)
         thread.join()
         assert grades == [Grade(0.0, HANGS, crashed=True)]
         assert (pool.timeouts, pool.crashes) == (0, 1)
 
         assert pool.grade([boxed(ALSO_HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
-        idle = pool._workers[0].process
+        idle = pool._workers.active[0].process
         idle.kill()
         idle.wait()
         assert pool.grade([boxed(HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
@@ -229,7 +279,7 @@ def test_a_dead_worker_is_counted_and_replaced():
 def test_close_ends_the_workers():
     pool = GraderPool(workers=2, extractor="boxed", deadline_s=60)
     pool.grade([boxed(HALF), boxed(ALSO_HALF)], [r"\frac{1}{2}"] * 2)
-    processes = [worker.process for worker in pool._workers]
+    processes = [worker.process for worker in pool._workers.active]
     pool.close()
     pool.close()
     assert len(processes) == 2 and all(process.returncode is not None for process in processes)
@@ -245,7 +295,7 @@ gold = r"\\frac{1}{2}"
 assert pool.grade([r"\\boxed{\\sin\\frac{\\pi}{6}}"], [gold])[0].reward == 1.0
 if sys.argv[1] == "busy":
     threading.Thread(target=pool.grade, args=([rf"\\boxed{{{sys.argv[3]}}}"], [gold]), daemon=True).start()
-    while pool._workers[0].pair is None:
+    while pool._workers.active[0].job is None:
         pass
 if sys.argv[1] != "exit":
     os.kill(os.getpid(), signal.SIGKILL)

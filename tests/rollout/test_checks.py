@@ -45,6 +45,7 @@ NAN, INF = float("nan"), float("inf")
     [
         ({"rewards": torch.tensor([NAN])}, r"field rewards = nan must be finite"),
         ({"rewards": torch.tensor([INF])}, r"field rewards = inf must be finite"),
+        ({"scores": torch.tensor([0.5])}, r"field scores = 0\.5, the success, must be 0 or 1"),
         ({"rollout_log_probs": torch.tensor([[0.0, 0.25, -1.0]])}, r"field rollout_log_probs = 0\.25 must be .* <= 0"),
         ({"rollout_log_probs": torch.tensor([[0.0, NAN, -1.0]])}, r"field rollout_log_probs = nan"),
         (

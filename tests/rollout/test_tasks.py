@@ -103,7 +103,7 @@ def test_load_jsonl_reads_problems(tmp_path):
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")  # no newline at the end
     assert load_jsonl(path) == [
         PROBLEM,
-        Problem("b", "line\u2028separator \\boxed{}", "2", ""),
+        Problem("b", "line\u2028separator \\boxed{}", "2", "", metadata={"extra": 1}),
     ]
 
 

@@ -238,6 +238,13 @@ def test_page_is_self_contained(page):
         assert metric in {panel["metric"] for panel in data["panels"]}
 
 
+def test_runs_of_before_success_had_a_name_have_their_rewards_as_one(tmp_path):
+    new = {"train/step": 2, "rollout/reward_mean": -0.5, "rollout/success_rate": 0.75}
+    write(tmp_path / "metrics.jsonl", [{"train/step": 1, "rollout/reward_mean": 0.25}, new])
+    assert plot_run.read_metrics(tmp_path)["rollout/success_rate"] == [0.25, 0.75]
+    assert "(row.success ?? row.reward) > 0" in plot_run.PAGE.read_text()
+
+
 def test_long_runs_and_responses_are_cut(tmp_path):
     run = full_run(tmp_path / "run")
     for step in range(1, 301):
