@@ -316,7 +316,7 @@ def padded(samples: Sequence[Experience], pad_token_id: int) -> DCPOExperience:
         if values[0] is not None and Experience.is_step_tensor_field(field.name):
             kind = {"sequences": torch.int32, "attention_mask": torch.bool, "action_mask": torch.bool}
             fill = pad_token_id if field.name == "sequences" else 0
-            merged[field.name] = _padded(values, fill=fill, dtype=kind.get(field.name, values[0].dtype))
+            merged[field.name] = _padded(values, fill=fill, dtype=kind.get(field.name) or values[0].dtype)
         else:
             merged[field.name] = _merged(values)
     return DCPOExperience(**merged)
