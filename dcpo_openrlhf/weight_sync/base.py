@@ -223,7 +223,7 @@ def lookups_loaded_in_place() -> Iterator[None]:
 
     In memory of its own, made for the moment, every page of the largest weight would be a fault, at each sync.
     """
-    materialize = layerwise.materialize_layer
+    materialize = layerwise.materialize_layer  # pyright: ignore[reportPrivateImportUsage]
 
     def place(layer: torch.nn.Module, info: Any) -> None:
         if isinstance(getattr(layer, "quant_method", None), LookupMethod) and info.kernel_tensors is not None:
@@ -232,11 +232,11 @@ def lookups_loaded_in_place() -> Iterator[None]:
                     setattr(layer, name, served)
         materialize(layer, info)  # what is not there yet
 
-    layerwise.materialize_layer = place
+    layerwise.materialize_layer = place  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
-        layerwise.materialize_layer = materialize
+        layerwise.materialize_layer = materialize  # pyright: ignore[reportPrivateImportUsage]
 
 
 def repack_shared_weights(model: torch.nn.Module) -> None:
@@ -271,7 +271,7 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
         self.init_info = init_info
         self.sent_checksums: dict[str, int] = {}
-        self._loading: tuple[str, range, Callable[[], None]] | None = None
+        self._loading: tuple[str, range, Callable[[], object]] | None = None
         """What the engines load now: its name, its bytes in `room`, and how to wait for them."""
 
     @classmethod
@@ -294,7 +294,7 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
         """Open the way to the engines' workers, on the sender alone, and make `room` of so many bytes."""
 
     @abstractmethod
-    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], None]:
+    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], object]:
         """Begin to bring the bucket to every worker; what is returned waits until all have loaded it."""
 
     def send_weights(self) -> None:

@@ -87,7 +87,7 @@ class GlooTrainerEngine(BucketTrainerEngine):
         self._group = _group(self._store, rank=0, world_size=info.world_size, timeout=timeout)
         self.client.wait(joined)
 
-    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], None]:
+    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], object]:
         if self._group is None:
             raise RuntimeError("the gloo group is closed; connect again")
         # The broadcast runs in gloo's own threads, so an engine that fails is seen at once and not at the timeout.

@@ -65,7 +65,7 @@ class SharedMemoryTrainerEngine(BucketTrainerEngine):
             os.close(handle)
             os.unlink(path)
 
-    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], None]:
+    def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], object]:
         loaded = self.client.post_update(update_info)
         return lambda: self.client.wait(loaded)
 

@@ -162,7 +162,7 @@ def test_a_lookup_is_loaded_into_the_memory_that_serves_it(monkeypatch: pytest.M
     served = embedding.weight
     layerwise.record_metadata_for_reloading(model)
     made_anew: list[Any] = []
-    materialize = layerwise.materialize_layer
+    materialize = layerwise.materialize_layer  # pyright: ignore[reportPrivateImportUsage]
     monkeypatch.setattr(
         layerwise,
         "materialize_layer",
@@ -170,8 +170,8 @@ def test_a_lookup_is_loaded_into_the_memory_that_serves_it(monkeypatch: pytest.M
     )
     layerwise.initialize_layerwise_reload(model)
     with lookups_loaded_in_place():
-        for module in model:
-            module.weight.weight_loader(module.weight, new)
+        for weight in (embedding.weight, head.weight):
+            weight.weight_loader(weight, new)
     assert made_anew == [head]
     assert embedding.weight is served
     assert torch.equal(served, new) and torch.equal(head.weight, new)

@@ -167,9 +167,8 @@ def test_vllm_makes_the_checked_engines() -> None:
         register()
         made = {name: WeightTransferEngineFactory._registry[name]() for name in ("nccl", "ipc")}
         assert made == {"nccl": device.NCCLWorkerEngine, "ipc": device.IPCWorkerEngine}
-    for engine, more in ((device.NCCLWorkerEngine, {"rank_offset": 1, "world_size": 2}), (device.IPCWorkerEngine, {})):
-        address = {"master_address": "h", "master_port": 1} if more else {}
-        parsed: Any = engine.parse_init_info(
-            SimpleNamespace(init_info_cls=engine.init_info_cls), more | address | {"verify": False}
-        )  # type: ignore[arg-type]
-        assert parsed.verify is False
+    nccl = {"master_address": "h", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    for init_info, more in ((device.CheckedNCCLInitInfo, nccl), (device.CheckedIPCInitInfo, {})):
+        assert init_info(**more, verify=False).verify is False  # type: ignore[arg-type]
+    assert device.NCCLWorkerEngine.init_info_cls is device.CheckedNCCLInitInfo
+    assert device.IPCWorkerEngine.init_info_cls is device.CheckedIPCInitInfo

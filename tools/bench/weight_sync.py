@@ -143,7 +143,7 @@ def multiply_unpacked() -> None:
     from vllm.model_executor.layers import utils
 
     def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
+        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
     utils.dispatch_cpu_unquantized_gemm = plain
 
@@ -165,7 +165,7 @@ class GlooPair:
     def broadcast(self, tensor: Tensor) -> None:
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self._group.broadcast([tensor], options).wait()
+        self._group.broadcast([tensor], options).wait()  # type: ignore[attr-defined]
 
 
 def timed_policy() -> Any:
