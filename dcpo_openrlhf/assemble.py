@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dcpo_openrlhf.controller import EntropyController
+from dcpo_openrlhf.controller import EntropyController, SampleWeight, SteppedCoefficient, Target
 from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.monitor.cost import Cost
 from dcpo_openrlhf.monitor.sinks import MetricsLog
@@ -39,21 +39,24 @@ def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreT
 def make_controller(recipe: Recipe) -> EntropyController:
     m = recipe.method
     return EntropyController(
-        target_entropy=m.target_entropy,
+        target_entropy=Target(
+            start=m.target_entropy, end=m.target_entropy_end, course=m.target_schedule, steps=recipe.train.steps
+        ),
         temperature_low=m.temperature_low,
         temperature_high=m.temperature_high,
-        temperature_rule=m.temperature_rule,
+        temperature_rule="continuous" if METHODS[m.name].continuous_temperature else m.temperature_rule,
         alpha_schedule=m.alpha_schedule,
         alpha_max=m.alpha_max,
         proportional_gain=m.proportional_gain,
         integral_gain=m.integral_gain,
         entropy_source=m.entropy_source,
+        coefficient=SteppedCoefficient(change=m.adaptive_entropy_step, largest=m.adaptive_entropy_max),
+        sample_weight=SampleWeight(proportional=m.entropic_proportional, integral=m.entropic_integral),
     )
 
 
 def make_monitor(recipe: Recipe) -> Monitor:
-    m = recipe.method
-    return Monitor(recipe.monitor, method=METHODS[m.name], target_entropy=m.target_entropy, settings=recipe.settings)
+    return Monitor(recipe.monitor, method=METHODS[recipe.method.name], settings=recipe.settings)
 
 
 def make_cost(recipe: Recipe, peak_flops: float | None) -> Cost:

@@ -1,5 +1,6 @@
 """From responses to advantages: one forward of pi_old, the controller's T and alpha, target ratio, mixed advantage."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -50,6 +51,8 @@ class DCPOExperience(Experience):
     """Weight of sum_a pi_old^T(a) log pi_theta(a) on each row's tokens; None for every method but dcpo_expected."""
     expected_temperature: float | None = None
     """T of that sum."""
+    penalty_weight: Float[Tensor, "batch time-1"] | None = None
+    """Weight of |log pi_theta - log pi_old| of each token; None for every method but kl_cov."""
     tempered: "DCPOExperience | None" = None
     """Rows of this update that were drawn from pi_old^T: trained on, and no part of the step's metrics."""
     replaced: Bool[Tensor, " batch"] | None = None
@@ -83,6 +86,7 @@ class DCPOExperience(Experience):
             expected_temperature=self.expected_temperature,
             correction=self.correction,
             reference_logp=self.base_action_log_probs,
+            penalty_weight=self.penalty_weight,
         )
         if self.tempered is None:
             return own
@@ -115,6 +119,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.recipe = self.strategy.recipe
         self.controller = controller
         self.method = methods.METHODS[self.recipe.method.name]
+        self.constants = methods.Constants.of(self.recipe.method)
         self.decision: ControllerDecision | None = None
 
         self.step = 0
@@ -208,14 +213,15 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         exact, sampled = batch_entropies(experiences)
         success_rate = float(torch.cat([e.success for e in experiences]).mean())
         self.decision = self.controller.step(exact, sampled, success_rate)
-        for e, tempered_logp in zip(experiences, self._tempered(experiences, self.decision.temperature), strict=True):
-            self._set_advantages(e, tempered_logp)
+        tempered_logps = self._tempered(experiences, self.decision.temperature)
+        for i, (e, tempered_logp) in enumerate(zip(experiences, tempered_logps, strict=True)):
+            self._set_advantages(e, tempered_logp, seed=self._seed() * 2**10 + i)
         if self.method.samples == "policy+tempered":
             self._add_tempered_rows(experiences)
         return experiences
 
     def _set_advantages(
-        self, e: DCPOExperience, tempered_logp: Float[Tensor, "batch time-1"], *, tempered: bool = False
+        self, e: DCPOExperience, tempered_logp: Float[Tensor, "batch time-1"], *, tempered: bool = False, seed: int = 0
     ) -> None:
         """Target ratio and advantages of whole groups; `tempered`: of rows drawn from pi_old^T."""
         assert self.decision is not None
@@ -224,9 +230,11 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         group = torch.zeros_like(rewards)
         if not tempered:
             group = objectives.group_advantage(reward=rewards - self._penalty(e), group_size=t.group_size)
+        tokens = {"old_logp": e.action_log_probs, "mask": e.mask}
+        size = max(len(rewards), 1) if self.method.whole_update else CHUNK_ROWS
         e.target_ratio, terms = torch.empty_like(e.action_log_probs), []
-        for i in range(0, len(rewards), CHUNK_ROWS):
-            some = slice(i, i + CHUNK_ROWS)
+        for i in range(0, len(rewards), size):
+            some = slice(i, i + size)
             e.target_ratio[some] = objectives.target_ratio(
                 old_logp=e.action_log_probs[some], tempered_logp=tempered_logp[some], mask=e.mask[some]
             )
@@ -239,8 +247,10 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
                 alpha=alpha,
                 mixing=m.mixing,
                 tempered_rows=torch.full_like(rewards[some], tempered, dtype=torch.bool),
-                entropy_adv_beta=m.entropy_adv_beta,
-                entropy_adv_kappa=m.entropy_adv_kappa,
+                sample_weight=self.decision.sample_weight,
+                seed=seed,
+                constants=self.constants,
+                **{name: values[some] for name, values in tokens.items()},
             )
             terms = terms or [torch.empty_like(e.target_ratio) for _ in found]
             for whole, part in zip(terms, found, strict=True):
@@ -254,15 +264,33 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
                 mask=e.mask,
                 **c.model_dump(),
             )
-        e.entropy_coefficient = m.entropy_coefficient if self.method.entropy_gradient else 0.0
+        e.entropy_coefficient = self.entropy_coefficient
+        e.penalty_weight = methods.penalty_weight(
+            self.method, group_advantage=group, constants=self.constants, **tokens
+        )
         e.expected_weight = methods.expected_weight(self.method, success=success, alpha=alpha, mixing=m.mixing)
         e.expected_temperature = self.decision.temperature if self.method.expected_regulariser else None
 
+    @property
+    def entropy_coefficient(self) -> float:
+        """lambda of the entropy's own gradient in this step, 0 for methods without it."""
+        assert self.decision is not None
+        adaptive = self.method.adaptive_coefficient
+        coefficient = self.decision.entropy_coefficient if adaptive else self.recipe.method.entropy_coefficient
+        return coefficient if self.method.entropy_gradient else 0.0
+
+    def _seed(self) -> int:
+        """Of what this step draws by lot: the same after a resume, and on every mesh."""
+        return self.recipe.run.seed * 2**20 + self.step
+
     def _add_tempered_rows(self, experiences: list[DCPOExperience]) -> None:
-        """Rows drawn from pi_old^T for each update: beside its own rows (j2, j4), or in place of some (aepo)."""
+        """Rows drawn from pi_old^T for each update: beside its own (j2, j4, scope_rl), or in place of some (aepo)."""
         assert self.decision is not None and self.resample is not None
         t, temperature = self.recipe.train, self.decision.temperature
-        if not self.method.replaces_rows:
+        if self.method.positive_rows:
+            drawn = self.resample(temperature, math.ceil(self.recipe.method.scope_share * t.prompts_per_step))
+            self._deal_positive_rows(experiences, drawn)
+        elif not self.method.replaces_rows:
             drawn = self.resample(temperature, t.prompts_per_step)
             for e, tempered in zip(experiences, self.split_rollout_samples(drawn), strict=True):
                 e.tempered, e.separate_averages = tempered, self.recipe.loss.aggregation
@@ -277,6 +305,18 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             tempered.tempered_log_probs = stats["tempered_logp"]
             self._set_advantages(tempered, stats["tempered_logp"][..., 0], tempered=True)
 
+    def _deal_positive_rows(self, experiences: list[DCPOExperience], drawn: list[Experience]) -> None:
+        """The correct ones of `drawn`, by lot over the step's updates; copies without an action even the data ranks."""
+        pad, generator = self.tokenizer.pad_token_id, torch.Generator().manual_seed(self._seed())
+        correct = padded(drawn, pad).success.nonzero().flatten()
+        order = correct[torch.randperm(len(correct), generator=generator)].tolist()
+        for i, e in enumerate(experiences):
+            if mine := [drawn[j] for j in order[i :: len(experiences)]]:
+                blank = -len(mine) % self.recipe.parallel.data
+                e.tempered, e.separate_averages = padded(mine + mine[:1] * blank, pad), self.recipe.loss.aggregation
+                assert e.tempered.action_mask is not None
+                e.tempered.action_mask[len(mine) :] = False
+
     def _replace_rows(self, experiences: list[DCPOExperience], drawn: list[Experience]) -> None:
         """The best of `drawn` take the place of rows chosen at random over all updates of the step."""
         assert self.decision is not None
@@ -284,11 +324,11 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         m, group_size = self.recipe.method, self.recipe.train.group_size
         chosen = methods.aepo_rows(
             group_advantage=objectives.group_advantage(reward=reward, group_size=group_size),
-            above_target=self.decision.entropy > m.target_entropy,
+            above_target=self.decision.entropy > self.decision.target_entropy,
             limit=m.aepo_max_rows,
         )
         sizes = [len(e.sequences) for e in experiences]
-        generator = torch.Generator().manual_seed(self.recipe.run.seed * 2**20 + self.step)
+        generator = torch.Generator().manual_seed(self._seed())
         places = torch.randperm(sum(sizes), generator=generator)[: len(chosen)]
         taken = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, places, True)
         queue = iter(chosen[torch.randperm(len(chosen), generator=generator)].tolist())
@@ -298,9 +338,11 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
                 e.tempered, e.replaced = padded(mine, self.tokenizer.pad_token_id), replaced
 
     def _tempered(self, experiences: list[DCPOExperience], temperature: float) -> list[Float[Tensor, "batch time-1"]]:
-        """log pi_old^T at the chosen T; a T that was not foreseen (the continuous rule) costs a second forward."""
+        """log pi_old^T; an unforeseen T costs methods that weigh by rho a second forward, and is 1 to the others."""
         if temperature in self.temperatures:
             return [e.tempered_log_probs[..., self.temperatures.index(temperature)] for e in experiences]
+        if self.method.ratio_weight in (None, "one"):
+            return [e.action_log_probs for e in experiences]
         found = self.statistics([e.rows() for e in experiences], [temperature])
         return [stats["tempered_logp"][..., 0] for stats in found]
 

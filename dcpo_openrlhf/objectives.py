@@ -89,6 +89,21 @@ def mixed_advantage(
     return advantage_weight * group_advantage[:, None] + regulariser_weight * target_ratio * success[:, None]
 
 
+def token_covariance(
+    *, advantage: Float[Tensor, "batch time"], logp: Float[Tensor, "batch time"], mask: RowMask
+) -> Float[Tensor, "batch time"]:
+    """(A_i - mean A)(log pi - mean log pi), means over the tokens of the batch, in float64; -inf outside the mask.
+
+    Its mean is the covariance that an update takes from the entropy. Source: arXiv 2505.22617.
+    """
+    inside = mask.bool()
+    advantage = advantage.double().masked_fill(~inside, 0.0)
+    logp = logp.double().masked_fill(~inside, 0.0)
+    tokens = inside.sum().clamp(min=1)
+    covariance = (advantage - advantage.sum() / tokens) * (logp - logp.sum() / tokens)
+    return covariance.masked_fill(~inside, -torch.inf)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Clipped surrogate: sums that add over tokens, micro-batches and ranks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,9 +219,9 @@ def surrogate_terms(
     """
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}; use None for no dual clip")
-    if not (0.0 <= clip_low < 1.0 and clip_high >= 0.0):
+    if not (0.0 <= clip_low <= 1.0 and clip_high >= 0.0):
         raise ValueError(
-            f"clip bounds need 0 <= clip_low < 1 and clip_high >= 0, got {clip_low}, {clip_high}; see Eq. 7"
+            f"clip bounds need 0 <= clip_low <= 1 and clip_high >= 0, got {clip_low}, {clip_high}; see Eq. 7"
         )
     inside = mask.bool()
     log_ratio = (logp - old_logp).masked_fill(~inside, 0.0)
@@ -275,10 +290,12 @@ def objective_terms(
     expected_weight: Float[Tensor, "*shape"] | None = None,
     kl: Float[Tensor, "*shape"] | None = None,
     kl_coefficient: Number = 0.0,
+    penalty_weight: Float[Tensor, "*shape"] | None = None,
 ) -> SurrogateSums:
-    """-sum weight * [sum_k S(A_k) + lambda H_t + alpha R sum_a pi_old^T(a) log pi_theta(a) - beta kl_t] of any method.
+    """-sum weight * [sum_k S(A_k) + lambda H_t + alpha R sum_a pi_old^T(a) log pi_theta(a) - beta kl_t - b_t |log r|].
 
-    Shapes as in `surrogate_terms`. entropy, expected_logp and kl carry gradients; a term that is None is absent.
+    Of any method; b_t is `penalty_weight`. Shapes as in `surrogate_terms`. entropy, expected_logp and kl carry
+    gradients; a term that is None is absent.
     Clip counts are means over the summed surrogates, so that fractions stay fractions of the tokens.
     """
     terms = [
@@ -305,6 +322,8 @@ def objective_terms(
         bonus = bonus + (weight * expected_weight * expected_logp).masked_fill(~inside, 0.0).sum()
     if kl is not None and kl_coefficient != 0.0:
         bonus = bonus - kl_coefficient * (weight * kl).masked_fill(~inside, 0.0).sum()
+    if penalty_weight is not None:
+        bonus = bonus - (weight * penalty_weight * (logp - old_logp).abs()).masked_fill(~inside, 0.0).sum()
     return SurrogateSums(
         loss_sum=total.loss_sum - bonus,
         clip_high_sum=total.clip_high_sum / len(terms),

@@ -266,8 +266,8 @@ class DCPOTrainer(BasePPOTrainer):
         """Write the step's metrics and the progress line; returns the metrics."""
         decision, begin = self.experience_maker.decision, time.monotonic()
         assert decision is not None
-        m = self.recipe.method
-        alpha = decision.alpha if self.experience_maker.method.uses_alpha else 0.0
+        m, method = self.recipe.method, self.experience_maker.method
+        alpha = decision.alpha if method.uses_alpha else 0.0
         found = batch_metrics(
             experiences, grades=self.grades, prompts=self.experience_maker.prompts, alpha=alpha, mixing=m.mixing
         )
@@ -278,9 +278,11 @@ class DCPOTrainer(BasePPOTrainer):
                 **found,
                 **correction_metrics(experiences),
                 **self.cost.metrics(experiences, status),
-                "entropy/target": m.target_entropy,
+                "entropy/target": decision.target_entropy,
                 "dcpo/temperature": decision.temperature,
                 "dcpo/alpha": alpha,
+                "dcpo/entropy_coefficient": self.experience_maker.entropy_coefficient,
+                "dcpo/sample_weight": decision.sample_weight if method.uses_sample_weight else 0.0,
                 "dcpo/no_success_steps": float(self.controller.no_success_count),
                 "reward/timeouts": float(self.grader.timeouts),
                 "reward/crashes": float(self.grader.crashes),

@@ -1,4 +1,5 @@
-"""Slow twin of the objectives: plain Python floats and loops, written from the equations of arXiv 2601.12730.
+"""Slow twin of the objectives: plain Python floats and loops, written from the equations of arXiv 2601.12730 and,
+for the rows from other papers, those of docs/methods.md.
 
 It shares no code with the package. Gradients are analytic, with respect to the logits:
 d log pi(a) / d z_b = [a = b] - pi(b),  d H / d z_b = -pi(b) (log pi(b) + H),
@@ -26,6 +27,8 @@ class Batch:
     """Rows drawn from pi_old^T."""
     group_size: int
     temperature: float
+    lots: Rows
+    """A number in [0, 1) for each token; clip_cov leaves out the tokens with the smallest."""
 
 
 @dataclass
@@ -39,6 +42,13 @@ class Settings:
     entropy_coefficient: float = 0.015
     beta: float = 0.4
     kappa: float = 2.0
+    scope_weight: float = 1 / 64
+    clip_cov: tuple[float, float, float] = (0.1, 0.1, 0.8)
+    """(share, low, high)"""
+    kl_cov: tuple[float, float] = (0.1, 1.3)
+    """(share, beta)"""
+    sample_weight: float = 0.4
+    threshold: float = 0.3
 
 
 def softmax(z: list[float], temperature: float = 1.0) -> list[float]:
@@ -79,7 +89,7 @@ def advantages_of(name: str, a: float, r: float, rho: float, h: float, tempered:
     if s.mixing == "convex":
         w = s.alpha / (1.0 + s.alpha)
         keep, add = 1.0 - w, w
-    if name in ("grpo", "entropy_reg"):
+    if name in ("grpo", "entropy_reg", "adaptive_entropy", "kl_cov", "clip_cov"):
         return [a]
     if name == "dcpo":
         return [keep * a + add * rho * r]
@@ -101,6 +111,8 @@ def advantages_of(name: str, a: float, r: float, rho: float, h: float, tempered:
         return [1.0] if tempered else [a]
     if name == "dcpo_expected":
         return [keep * a]
+    if name == "scope_rl":
+        return [s.scope_weight * r] if tempered else [a]
     raise KeyError(name)
 
 
@@ -115,9 +127,29 @@ def kl_to_reference(logp: float, start: float, old: float, estimator: str, unbia
     return value, math.exp(logp - old) * d if unbiased else slope
 
 
+def chosen_tokens(name: str, batch: Batch, advantage: list[float], s: Settings) -> set[tuple[int, int]]:
+    """(row, token) of those that clip_cov leaves out or kl_cov holds: by (A - mean A)(log pi_old - mean log pi_old)."""
+    values = []
+    for i, row in enumerate(batch.mask):
+        for t, inside in enumerate(row):
+            if inside:
+                old = softmax(batch.old_logits[i][t])
+                values.append((i, t, advantage[i], math.log(old[batch.tokens[i][t]])))
+    mean_a = sum(v[2] for v in values) / len(values)
+    mean_logp = sum(v[3] for v in values) / len(values)
+    covariance = {(i, t): (a - mean_a) * (logp - mean_logp) for i, t, a, logp in values}
+    if name == "clip_cov":
+        share, low, high = s.clip_cov
+        some = [token for token, value in covariance.items() if low < value < high]
+        return set(sorted(some, key=lambda token: batch.lots[token[0]][token[1]])[: max(int(share * len(values)), 1)])
+    if name == "kl_cov":
+        return set(sorted(covariance, key=lambda token: -covariance[token])[: max(int(s.kl_cov[0] * len(values)), 1)])
+    return set()
+
+
 def averaging_weights(name: str, batch: Batch, s: Settings) -> Rows:
-    """d objective / d token value: avg over rows of row means, or over tokens; j2 and j4 average each origin apart."""
-    apart = name in ("j2", "j4")
+    """d objective / d token value: avg over rows of row means, or over tokens; some average each origin apart."""
+    apart = name in ("j2", "j4", "scope_rl")
     weights = []
     for i, row in enumerate(batch.mask):
         peers = [m for j, m in enumerate(batch.mask) if not apart or batch.tempered[j] == batch.tempered[i]]
@@ -133,6 +165,7 @@ def loss_and_gradient(name: str, batch: Batch, s: Settings) -> tuple[float, list
     """Loss (minimised, minus the objective) and its gradient with respect to every logit of pi_theta."""
     advantage = group_advantages(batch.reward, batch.group_size)
     weights = averaging_weights(name, batch, s)
+    chosen = chosen_tokens(name, batch, advantage, s)
     loss, gradient = 0.0, []
     for i, row in enumerate(batch.logits):
         gradient.append([[0.0] * len(z) for z in row])
@@ -144,12 +177,24 @@ def loss_and_gradient(name: str, batch: Batch, s: Settings) -> tuple[float, list
             target = softmax(batch.old_logits[i][t], batch.temperature)  # pi_old^T
             rho, ratio = target[a] / old[a], p[a] / old[a]
             r, h = batch.reward[i], entropy(p)
-            values = advantages_of(name, advantage[i], r, rho, entropy(old), batch.tempered[i], s)
+            coefficient = 1.0
+            if name == "entropic":  # a coefficient of the loss of positive and of negative samples
+                values, sure = [advantage[i]], old[a] > s.threshold
+                coefficient += s.sample_weight * sure * ((advantage[i] > 0) - (advantage[i] < 0))
+            else:
+                values = advantages_of(name, advantage[i], r, rho, entropy(old), batch.tempered[i], s)
+            if name == "clip_cov" and (i, t) in chosen:
+                coefficient = 0.0
             for value, slope in (surrogate(ratio, x, s) for x in values):
-                loss -= weights[i][t] * value
+                loss -= weights[i][t] * coefficient * value
                 for b in range(len(z)):
-                    gradient[i][t][b] -= weights[i][t] * slope * ((a == b) - p[b])
-            if name == "entropy_reg":
+                    gradient[i][t][b] -= weights[i][t] * coefficient * slope * ((a == b) - p[b])
+            if name == "kl_cov" and (i, t) in chosen:
+                loss += weights[i][t] * s.kl_cov[1] * abs(math.log(ratio))
+                for b in range(len(z)):
+                    sign = (ratio > 1.0) - (ratio < 1.0)
+                    gradient[i][t][b] += weights[i][t] * s.kl_cov[1] * sign * ((a == b) - p[b])
+            if name in ("entropy_reg", "adaptive_entropy"):
                 loss -= weights[i][t] * s.entropy_coefficient * h
                 for b in range(len(z)):
                     gradient[i][t][b] += weights[i][t] * s.entropy_coefficient * p[b] * (math.log(p[b]) + h)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dcpo_openrlhf.controller import EntropyController
+from dcpo_openrlhf.controller import EntropyController, SampleWeight, SteppedCoefficient, Target
 
 VOCABULARY = 64
 
@@ -97,6 +97,10 @@ def test_success_rate_out_of_range_is_refused(rate):
         ({"temperature_high": 0.9}, "temperature_high = 0.9"),
         ({"temperature_low": 0.0}, "temperature_low = 0.0"),
         ({"alpha_schedule": "pi", "temperature_rule": "continuous"}, "'pi' needs temperature_rule 'switch'"),
+        (
+            {"target_entropy": Target(start=1.0, end=-1.0, course="linear")},
+            "target_entropy_end must be finite and >= 0",
+        ),
         ({"alpha_schedule": "pi", "integral_gain": float("inf")}, "integral_gain must be finite"),
     ],
 )
@@ -113,7 +117,14 @@ def test_lagged_sampled_is_the_previous_sampled_entropy_and_starts_at_zero():
     assert make().step(3.0, 2.5, 1.0).entropy == 3.0
 
 
-@pytest.mark.parametrize("settings", [{"alpha_schedule": "pi"}, {"entropy_source": "lagged_sampled"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_schedule": "pi"},
+        {"entropy_source": "lagged_sampled"},
+        {"target_entropy": Target(start=2.0, end=1.6, course="cosine", steps=20)},
+    ],
+)
 def test_state_continues_to_the_bit(settings):
     rng = random.Random(1)
     inputs = [(rng.uniform(1.6, 2.0), rng.uniform(1.6, 2.0), rng.choice([0.0, 0.5])) for _ in range(20)]
@@ -123,13 +134,54 @@ def test_state_continues_to_the_bit(settings):
     second.load_state_dict(first.state_dict())
     got += [second.step(*x) for x in inputs[9:]]
     assert got == expected and second.state_dict() == whole.state_dict() and whole.no_success_count > 0
+    assert len({d.entropy_coefficient for d in got}) > 3 and len({d.sample_weight for d in got}) > 15
 
 
-def test_a_foreign_state_is_refused():
+@pytest.mark.parametrize("key", ["integral", "steps_done", "coefficient", "error_sum"])
+def test_a_foreign_state_is_refused(key):
     state = make().state_dict()
-    state.pop("integral")
-    with pytest.raises(ValueError, match="integral"):
+    state.pop(key)
+    with pytest.raises(ValueError, match=key):
         make().load_state_dict(state)
+
+
+# ---- the course of H_0, and what other methods make of the entropy --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("course", "expected"),
+    [("constant", [2.0] * 5), ("linear", [2.0, 1.75, 1.5, 1.25, 1.0]), ("cosine", [2.0, 1.854, 1.5, 1.146, 1.0])],
+)
+def test_the_target_goes_from_its_start_to_its_end_over_the_run(course, expected):
+    target = Target(start=2.0, end=1.0, course=course, steps=5)
+    assert [target.at(step) for step in range(1, 6)] == pytest.approx(expected, abs=5e-4)
+    assert target.at(9) == target.at(5) and Target(start=2.0, end=1.0, course=course, steps=1).at(1) == 2.0
+
+
+def test_the_controller_follows_the_target():
+    controller = make(
+        target_entropy=Target(start=2.0, end=1.0, course="linear", steps=3), temperature_rule="continuous"
+    )
+    decisions = [controller.step(1.5, 1.5, 1.0) for _ in range(4)]
+    assert [d.target_entropy for d in decisions] == [2.0, 1.5, 1.0, 1.0]
+    assert [d.temperature for d in decisions] == [1.2, 1.0, 0.8, 0.8]
+
+
+def test_the_stepped_coefficient_rises_below_the_target_and_is_unused_above_it():
+    c = SteppedCoefficient(change=0.25, largest=0.6)
+    assert [c.step(0.1) for _ in range(4)] == [0.0, 0.25, 0.5, 0.6]  # of Skywork-OR1: starts at 0, bounded
+    assert c.step(-0.1) == 0.0 and c.value == pytest.approx(0.35)
+    assert c.step(0.0) == 0.0 and c.value == pytest.approx(0.1)
+    assert [c.step(-1.0), c.value] == [0.0, 0.0]
+    assert c.step(1.0) == 0.0 and c.value == 0.25
+
+
+def test_the_sample_weight_is_pi_control_of_the_excess_entropy():
+    w = SampleWeight(proportional=0.5, integral=0.1)
+    assert w.step(-1.0) == 0.5  # H above H_0: the entropy is to fall; the sum of earlier steps is empty
+    assert w.step(-1.0) == pytest.approx(0.6)
+    assert w.step(0.5) == pytest.approx(-0.25 + 0.2)
+    assert w.step(9.0) == -1.0 and w.error_sum == pytest.approx(-7.5)
 
 
 # ---- closed loop: tabular softmax, R = 1, expected step alpha (pi^T - pi) in logits ---------------------------------
@@ -163,7 +215,7 @@ def closed_loop(decide, *, spread: float, steps: int, eta: float = 3.0, drift: f
 
 def with_controller(**changes):
     controller = make(**changes)
-    return lambda h: controller.step(h, h, 1.0)[1:]
+    return lambda h: controller.step(h, h, 1.0)[1:3]
 
 
 ABOVE, BELOW = 0.3, 6.0  # spread of the first logits: H about 4.1 and 0.8

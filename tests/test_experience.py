@@ -121,7 +121,13 @@ def test_advantages_are_those_of_the_maths_with_the_batch_own_entropy() -> None:
     assert exact == pytest.approx(float((0.5 - every_logp).mean())) and sampled == pytest.approx(
         -float(every_logp.mean())
     )
-    assert maker.decision == (pytest.approx(exact), 1.2, pytest.approx(1.0 / 0.5))  # H < H_0; alpha_max / success rate
+    assert maker.decision is not None
+    assert maker.decision[:4] == (
+        pytest.approx(exact),
+        1.2,
+        pytest.approx(1.0 / 0.5),
+        5.0,
+    )  # H < H_0; alpha_max / success rate
 
     for update, rewards in zip(updates, (REWARDS[:4], REWARDS[4:]), strict=True):
         reward = torch.tensor(rewards)
@@ -286,6 +292,79 @@ def test_aepo_trains_on_its_own_rows_where_no_drawn_row_is_better() -> None:
     maker = make_maker(name="aepo")
     maker.resample = lambda temperature, count: samples([1.0, 1.0])
     assert [u.tempered for u in maker.make_experience_batch(samples(REWARDS))] == [None, None]
+
+
+def test_scope_rl_deals_correct_rows_alone_over_the_updates() -> None:
+    maker, asked = make_maker(name="scope_rl", target_entropy=1.05, scope_share=0.5), []
+    maker.recipe = maker.recipe.model_copy(
+        update={"parallel": maker.recipe.parallel.model_copy(update={"devices_per_node": 4})}
+    )
+
+    def resample(temperature: float, count: int) -> list[Experience]:
+        asked.append((temperature, count))
+        drawn = samples([1.0, 0.0, 1.0, 1.0])
+        for sample in drawn:
+            sample.sequences = sample.sequences + 50
+        return drawn
+
+    maker.resample = resample
+    updates = maker.make_experience_batch(samples(REWARDS))
+    assert maker.decision is not None
+    temperature = 1.0 + 1.05 - maker.decision.entropy
+    assert asked == [(pytest.approx(temperature), 2)] and 0.8 < temperature < 1.2  # half of four prompts
+    # no second forward of the step's own rows for T: the method weighs nothing by rho
+    assert maker.actor_model_group.calls == [[0.8, 1.2], [maker.decision.temperature]]
+    for update, correct in zip(updates, (2, 1), strict=True):
+        rows = update.rows()
+        assert len(rows) == 8 and int((rows.sequences[:, 0] > 50).sum()) == 4  # filled up to four data ranks
+        alive = rows.action_mask.any(1)
+        assert alive.tolist() == [True] * (4 + correct) + [False] * (4 - correct)
+        assert rows.scale is not None
+        total = float(alive.sum())
+        torch.testing.assert_close(
+            rows.scale[alive], torch.tensor([total / 4] * 4 + [total / correct] * correct)
+        )  # each kind averaged by itself
+        assert (rows.advantages[0][4:][rows.action_mask[4:]] == 1 / 64).all()
+
+
+def test_scope_rl_without_a_correct_row_is_grpo() -> None:
+    maker = make_maker(name="scope_rl")
+    maker.resample = lambda temperature, count: samples([0.0, 0.0])
+    updates, grpo = (m.make_experience_batch(samples(REWARDS)) for m in (maker, make_maker(name="grpo")))
+    for update, other in zip(updates, grpo, strict=True):
+        assert update.tempered is None and update.rows().scale is None
+        assert torch.equal(update.advantages, other.advantages)
+
+
+def test_kl_cov_holds_tokens_of_each_update_and_clip_cov_leaves_some_out() -> None:
+    (first, second) = make_maker(name="kl_cov", kl_cov_share=0.3).make_experience_batch(samples(REWARDS))
+    for update in (first, second):
+        held = update.rows().penalty_weight
+        assert held is not None and int((held > 0).sum()) == int(0.3 * update.mask.sum())
+        assert not held[~update.mask].any()
+    bounds = {"clip_cov_share": 0.2, "clip_cov_low": -99.0, "clip_cov_high": 99.0}  # a lot over all tokens
+    left_out = []
+    for step in (1, 1, 2):
+        maker = make_maker(name="clip_cov", **bounds)
+        maker.step = step
+        updates = maker.make_experience_batch(samples(REWARDS))
+        left_out.append([(u.advantages == 0) & u.mask for u in updates])
+    assert all(int(lost.sum()) > 0 for lost in left_out[0])
+    assert all(torch.equal(a, b) for a, b in zip(left_out[0], left_out[1], strict=True))  # a resume draws the same
+
+
+def test_adaptive_entropy_and_entropic_take_the_controllers_numbers() -> None:
+    maker = make_maker(name="adaptive_entropy", adaptive_entropy_step=0.1, adaptive_entropy_max=0.15)
+    found = [maker.make_experience_batch(samples(REWARDS))[0].rows().entropy_coefficient for _ in range(3)]
+    assert found == [0.0, 0.1, 0.15]  # H < H_0 = 5
+    maker = make_maker(name="entropic", target_entropy=0.0, entropic_proportional=0.1, entropic_threshold=0.5)
+    (update, _) = maker.make_experience_batch(samples(REWARDS))
+    assert maker.decision is not None and 0 < maker.decision.sample_weight < 1  # H > H_0: positive rows count for more
+    group = objectives.group_advantage(reward=torch.tensor(REWARDS[:4]), group_size=2)[:, None]
+    sure = update.action_log_probs.exp() > 0.5
+    assert sure[update.mask].any() and not sure[update.mask].all()
+    expected = group + maker.decision.sample_weight * group.abs() * sure
+    torch.testing.assert_close(update.advantages[update.mask], expected[update.mask])
 
 
 def test_statistics_of_rows_that_do_not_divide_over_the_data_ranks_are_filled_up() -> None:

@@ -98,6 +98,6 @@ def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.Mon
         assert all(math.isfinite(value) for value in m.values())
         assert 0 < m["rollout/reward_mean"] < 1 and m["policy/grad_norm"] > 0
         assert (m["dcpo/alpha"] > 0) == METHODS[name].uses_alpha
-    extra = {"j2": PROMPTS * GROUP, "j4": PROMPTS * GROUP, "aepo": GROUP}  # aepo: a quarter of the prompts
+    extra = {"j2": PROMPTS * GROUP, "j4": PROMPTS * GROUP, "aepo": GROUP, "scope_rl": GROUP}  # a quarter of the prompts
     per_step = [(1.0, PROMPTS * GROUP)] + ([(1.2, extra[name])] if name in extra else [])
     assert requests == per_step * 2

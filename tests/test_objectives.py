@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpo_openrlhf.divergences import correction_weight, kl_estimate
-from dcpo_openrlhf.methods import METHODS, Method, aepo_rows, expected_weight, method_advantage
+from dcpo_openrlhf.methods import (
+    METHODS,
+    Constants,
+    Method,
+    aepo_rows,
+    expected_weight,
+    method_advantage,
+    penalty_weight,
+)
 from dcpo_openrlhf.objectives import (
     clipped_surrogate,
     group_advantage,
@@ -20,12 +28,16 @@ from dcpo_openrlhf.objectives import (
     population_scale,
     surrogate_terms,
     target_ratio,
+    token_covariance,
     token_weight,
 )
+from dcpo_openrlhf.recipe.method import Method as RecipeMethod
 from tests import reference
 
 GROUP, TIME, VOCABULARY = 4, 5, 7
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+LOTS = 11
+"""Seed of what clip_cov draws."""
 LENGTHS = (5, 3, 1, 4, 2, 0, 5, 4, 3, 3, 5, 2, 1, 4, 5, 2)  # a row without tokens is among them
 SUCCESS = (1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0)  # mixed, all-correct, all-wrong, mixed
 
@@ -45,6 +57,7 @@ def make_batch(seed: int = 0, temperature: float = 1.2, tempered: bool = False) 
         tempered=[tempered and i >= rows // 2 for i in range(rows)],
         group_size=GROUP,
         temperature=temperature,
+        lots=torch.rand(rows, TIME, generator=torch.Generator().manual_seed(LOTS)).tolist(),
     )
 
 
@@ -85,19 +98,36 @@ def tensors_of(batch: reference.Batch) -> Tensors:
     )
 
 
+def constants_of(s: reference.Settings) -> Constants:
+    return Constants(
+        entropy_adv_beta=s.beta,
+        entropy_adv_kappa=s.kappa,
+        scope_weight=s.scope_weight,
+        clip_cov_share=s.clip_cov[0],
+        clip_cov_low=s.clip_cov[1],
+        clip_cov_high=s.clip_cov[2],
+        kl_cov_share=s.kl_cov[0],
+        kl_cov_coefficient=s.kl_cov[1],
+        entropic_threshold=s.threshold,
+    )
+
+
 def loss_of(method: Method, x: Tensors, s: reference.Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, gradient with respect to the logits) the way a trainer would compute them."""
+    a = group_advantage(reward=x.reward, group_size=GROUP)
+    tokens = {"old_logp": x.old_logp.detach(), "mask": x.mask, "constants": constants_of(s)}
     advantages = method_advantage(
         method,
-        group_advantage=group_advantage(reward=x.reward, group_size=GROUP),
+        group_advantage=a,
         success=x.reward,
         target_ratio=x.rho,
         entropy=x.old_entropy,
         alpha=s.alpha,
         mixing=s.mixing,
         tempered_rows=x.tempered_rows,
-        entropy_adv_beta=s.beta,
-        entropy_adv_kappa=s.kappa,
+        sample_weight=s.sample_weight,
+        seed=LOTS,
+        **tokens,
     )
     weight = token_weight(mask=x.mask, aggregation=s.aggregation)
     if method.separate_averages:
@@ -117,6 +147,7 @@ def loss_of(method: Method, x: Tensors, s: reference.Settings) -> tuple[torch.Te
         entropy_coefficient=s.entropy_coefficient,
         expected_logp=None if row_weight is None else x.expected_logp,
         expected_weight=None if row_weight is None else row_weight[:, None].expand_as(x.mask),
+        penalty_weight=penalty_weight(method, group_advantage=a, **tokens),
     )
     loss = terms.loss_sum / loss_denominator(mask=x.mask, aggregation=s.aggregation)
     (gradient,) = torch.autograd.grad(loss, x.logits)
@@ -270,8 +301,10 @@ def test_corrected_samples_of_another_policy_give_the_gradient_of_pi_old(name):
             alpha=s.alpha,
             mixing=s.mixing,
             tempered_rows=x.tempered_rows,
-            entropy_adv_beta=s.beta,
-            entropy_adv_kappa=s.kappa,
+            old_logp=x.old_logp.detach(),
+            mask=x.mask,
+            sample_weight=s.sample_weight,
+            constants=constants_of(s),
         )[:1]
         weight, _ = correction_weight(
             old_logp=drawn_from[:, None],
@@ -472,6 +505,76 @@ def test_permuting_groups_changes_nothing(order):
     torch.testing.assert_close(other_gradient, gradient[rows], rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("splits", [[4, 12], [1, 2, 3, 10], [6, 6, 4]])
+def test_tokens_are_chosen_once_for_all_micro_batches(name, splits):
+    """What an update chose before its rows were dealt and split adds up to the loss and gradient of the whole."""
+    method, s, x = METHODS[name], reference.Settings(), tensors_of(make_batch())
+    a = group_advantage(reward=x.reward, group_size=GROUP)
+    tokens = {"old_logp": x.old_logp.detach(), "mask": x.mask, "constants": constants_of(s)}
+    given_values = {"success": x.reward, "target_ratio": x.rho, "alpha": 0.0, "mixing": "convex", "seed": LOTS}
+    (advantage,) = method_advantage(method, group_advantage=a, **given_values, **tokens)
+    penalty = penalty_weight(method, group_advantage=a, **tokens)
+    penalty = torch.zeros_like(advantage) if penalty is None else penalty
+    weight = token_weight(mask=x.mask, aggregation="sequence_mean")
+    pieces = zip(*(v.split(splits) for v in (x.logp, x.old_logp, advantage, weight, x.mask, penalty)), strict=True)
+    parts = [
+        objective_terms(logp=l, old_logp=o, advantages=(d,), weight=w, mask=m, **CLIP, penalty_weight=p).loss_sum
+        for l, o, d, w, m, p in pieces  # noqa: E741
+    ]
+    loss = sum(parts) / loss_denominator(mask=x.mask, aggregation="sequence_mean")
+    (gradient,) = torch.autograd.grad(loss, x.logits)
+    twin_loss, twin_gradient = reference.loss_and_gradient(name, make_batch(), s)
+    torch.testing.assert_close(loss.item(), twin_loss, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.tensor(twin_gradient, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@given(order=st.permutations(range(4)))
+@settings(max_examples=10, deadline=None)
+def test_the_order_of_groups_and_padding_do_not_change_what_kl_cov_holds(order):
+    x, s = tensors_of(make_batch()), reference.Settings()
+    rows = [GROUP * g + i for g in order for i in range(GROUP)]
+    a, old_logp = group_advantage(reward=x.reward, group_size=GROUP), x.old_logp.detach()
+    held = penalty_weight(
+        METHODS["kl_cov"], group_advantage=a, old_logp=old_logp, mask=x.mask, constants=constants_of(s)
+    )
+    padded = torch.nn.functional.pad(old_logp.masked_fill(x.mask == 0, math.nan), (0, 3), value=math.nan)[rows]
+    mask = torch.nn.functional.pad(x.mask, (0, 3))[rows]
+    other = penalty_weight(
+        METHODS["kl_cov"], group_advantage=a[rows], old_logp=padded, mask=mask, constants=constants_of(s)
+    )
+    assert held is not None and other is not None and int((held > 0).sum()) == int(0.1 * x.mask.sum())
+    assert torch.equal(other[:, :-3], held[rows]) and not other[:, -3:].any()
+
+
+def test_kl_cov_has_no_gradient_of_its_own_where_the_policy_is_still_pi_old():
+    batch, s = make_batch(), reference.Settings()
+    batch = dataclasses.replace(batch, logits=batch.old_logits)
+    _, gradient = loss_of(METHODS["kl_cov"], tensors_of(batch), s)
+    _, grpo = loss_of(METHODS["grpo"], tensors_of(batch), s)
+    assert torch.equal(gradient, grpo)
+
+
+def test_covariance_by_hand_and_tokens_of_high_covariance_lower_the_entropy():
+    advantage = torch.tensor([[1.0, 1.0], [-1.0, 5.0]])
+    logp, mask = torch.tensor([[-1.0, -3.0], [-2.0, math.nan]]), torch.tensor([[1, 1], [1, 0]])
+    covariance = token_covariance(advantage=advantage, logp=logp, mask=mask)  # means 1/3 and -2
+    expected = torch.tensor([[2 / 3, -2 / 3], [0.0, -math.inf]], dtype=torch.float64)
+    torch.testing.assert_close(covariance, expected)
+
+    z = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    pi, a = z.softmax(0), torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    entropy = lambda z: -(z.softmax(0) * z.log_softmax(0)).sum()  # noqa: E731
+    exact = (pi * a * pi.log()).sum() - (pi * a).sum() * (pi * pi.log()).sum()  # Cov_pi(A, log pi)
+    natural = (entropy(z + 1e-6 * a) - entropy(z)) / 1e-6  # a step along A in the logits
+    torch.testing.assert_close(natural, -exact, rtol=1e-4, atol=0)
+
+
+def test_constants_are_the_schemas_defaults():
+    defaults = RecipeMethod()
+    assert dataclasses.asdict(Constants()) == {f.name: getattr(defaults, f.name) for f in dataclasses.fields(Constants)}
+
+
 def test_minus_mean_logp_has_no_expected_gradient_so_it_is_no_entropy_bonus():
     z = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     log_pi = z.log_softmax(-1)
@@ -580,7 +683,7 @@ def test_a_batch_without_tokens_has_loss_zero():
     ("override", "message"),
     [
         ({"dual_clip": 1.0}, "dual_clip must be above 1, got 1.0"),
-        ({"clip_low": 1.0}, "0 <= clip_low < 1"),
+        ({"clip_low": 1.1}, "0 <= clip_low <= 1"),
         ({"clip_high": -0.1}, "clip_high >= 0"),
     ],
 )
@@ -616,6 +719,10 @@ def test_methods_refuse_what_they_cannot_use():
     given_values = {"group_advantage": a, "success": a, "target_ratio": rho, "alpha": 0.1, "mixing": "convex"}
     with pytest.raises(ValueError, match="entropy_adv needs the entropy"):
         method_advantage(METHODS["entropy_adv"], **given_values)
+    with pytest.raises(ValueError, match="clip_cov needs log pi_old and the mask"):
+        method_advantage(METHODS["clip_cov"], **given_values, old_logp=rho)
+    with pytest.raises(ValueError, match="entropic needs log pi_old"):
+        method_advantage(METHODS["entropic"], **given_values)
     with pytest.raises(ValueError, match="got 1 tempered rows"):
         method_advantage(METHODS["dcpo"], **given_values, tempered_rows=torch.tensor([True, False]))
 

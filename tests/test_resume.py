@@ -282,6 +282,32 @@ def test_another_mesh_continues_with_the_same_numbers(runs: Runs, whole: Run) ->
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
+KEEPS: dict[str, tuple[str, ...]] = {
+    "adaptive_entropy": ("method.adaptive_entropy_step=0.01", "method.adaptive_entropy_max=0.025"),
+    "entropic": ("method.entropic_threshold=0", "method.entropic_integral=0.3", "method.entropic_proportional=0.1"),
+    "clip_cov": ("method.clip_cov_share=0.2", "method.clip_cov_low=0"),
+}
+"""Methods that carry something of their own from step to step, or draw by lot."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEEPS)
+def test_a_resume_keeps_what_other_methods_carry_and_the_course_of_the_target(runs: Runs, name: str) -> None:
+    course = ("method.target_schedule=cosine", "method.target_entropy=5.6", "method.target_entropy_end=5.2")
+    method = (f"method.name={name}", *KEEPS[name], *course, "method.alpha_schedule=reference")
+    whole = runs.start(name, "checkpoint.keep_last=9", *method).end()
+    point = whole.folder / "checkpoints/step_000002"
+    last = runs.start(f"{name}-resumed", f"checkpoint.resume={point}", *method).end()
+    assert last.metrics() == whole.metrics()[2:]
+    assert last.policy_sums(STEPS) == whole.policy_sums(STEPS) and last.state(STEPS) == whole.state(STEPS)
+    metrics = whole.metrics()
+    assert len({m["entropy/target"] for m in metrics}) == STEPS
+    if name == "adaptive_entropy":
+        assert len({m["dcpo/entropy_coefficient"] for m in metrics}) > 2
+    if name == "entropic":
+        assert len({m["dcpo/sample_weight"] for m in metrics}) > 3
+
+
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_with_an_engine_too(runs: Runs) -> None:

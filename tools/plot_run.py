@@ -88,10 +88,18 @@ def _line(axes: Axes, run: Series, metric: str, **style: Any) -> None:
 
 
 def _targets(axes: Axes, runs: dict[str, Series]) -> None:
-    """One dashed line for each distinct entropy target H_0 of the runs."""
-    targets = {value for run in runs.values() for value in run.get("entropy/target", []) if value == value}
-    for target in sorted(targets):
-        axes.axhline(target, color="#555555", linestyle="--", linewidth=1.3, label=f"target $H_0$ = {target:g}")
+    """One dashed line for each distinct entropy target H_0 of the runs, a curve where it has a schedule."""
+    style = {"color": "#555555", "linestyle": "--", "linewidth": 1.3}
+    constant, drawn = set[float](), list[list[float]]()
+    for run in runs.values():
+        target = [value for value in run.get("entropy/target", []) if value == value]
+        if len(set(target)) <= 1:
+            constant |= set(target)
+        elif target not in drawn:
+            drawn.append(target)
+            _line(axes, run, "entropy/target", label=f"target $H_0$ = {target[0]:g} to {target[-1]:g}", **style)
+    for value in sorted(constant):
+        axes.axhline(value, label=f"target $H_0$ = {value:g}", **style)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def progress_line(step: int, steps: int, m: dict[str, float]) -> str:
     ends = time.strftime("%H:%M", time.localtime(time.time() + (steps - step) * m["time/step"]))
     return (
         f"step {step}/{steps}  reward {m['rollout/reward_mean']:.2f}  success {m['rollout/success_rate']:.2f}  "
-        f"entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:g})  "
+        f"entropy {m['entropy/exact']:.3f} (target {m['entropy/target']:.4g})  "
         f"T {m['dcpo/temperature']:g}  alpha {m['dcpo/alpha']:.3f}  length {m['rollout/length_mean']:.0f}  "
         f"grad {m['policy/grad_norm']:.2f}  {m['time/step']:.0f} s"
         + (f" (MFU {m['cost/mfu']:.2f})" if "cost/mfu" in m else "")
@@ -150,6 +150,7 @@ def final_table(
 ) -> str:
     """The run in one Markdown table: held-out accuracy, reward and entropy of the first and of the last step."""
     first, last = history[0], history[-1]
+    targets = " to ".join(dict.fromkeys(f"{m['entropy/target']:g}" for m in (first, last)))
 
     def row(title: str, before: float | None, after: float | None) -> str:
         numbers = ("-" if value is None else f"{value:.3f}" for value in (before, after))
@@ -161,7 +162,7 @@ def final_table(
         row(f"held-out accuracy ({problems} problems)", *accuracies),
         row("reward of the step's responses", first["rollout/reward_mean"], last["rollout/reward_mean"]),
         row("share of them that are right", success_rate(first), success_rate(last)),
-        row(f"entropy, nats/token (target {first['entropy/target']:g})", first["entropy/exact"], last["entropy/exact"]),
+        row(f"entropy, nats/token (target {targets})", first["entropy/exact"], last["entropy/exact"]),
         f"| minutes, evaluation and export included | | {minutes:.1f} |",
         f"| peak memory of a policy process, GiB | | {peak_gib:.2f} |",
     ]

@@ -18,9 +18,9 @@ HISTORY = ("entropy/exact", "rollout/reward_mean", "rollout/success_rate", "roll
 class Monitor:
     """Windows over the steps, the causes that hold, and what the recipe wants done about them."""
 
-    def __init__(self, bounds: Bounds, *, method: Method, target_entropy: float, settings: Mapping[str, Any]) -> None:
+    def __init__(self, bounds: Bounds, *, method: Method, settings: Mapping[str, Any]) -> None:
         """settings: every "section.key" of the recipe with its value, of which an alert names those to turn."""
-        self.bounds, self.target_entropy, self.settings = bounds, target_entropy, settings
+        self.bounds, self.settings = bounds, settings
         self.causes = {name: cause for name, cause in CAUSES.items() if cause.applies(method)}
         self.history = {name: deque[float](maxlen=self.bounds.window) for name in HISTORY}
         self.streak = dict.fromkeys(CAUSES, 0)
@@ -37,7 +37,7 @@ class Monitor:
         """
         for name, values in self.history.items():
             values.append(metrics[name])
-        metrics = metrics | self._trends(metrics["entropy/exact"])
+        metrics = metrics | self._trends(metrics["entropy/exact"], target=metrics["entropy/target"])
         alerts = []
         for name, cause in self.causes.items():
             self.streak[name] = self.streak[name] + 1 if cause.holds(metrics, self.bounds) else 0
@@ -49,19 +49,19 @@ class Monitor:
         self.stopping = [alert for alert in alerts if alert.action == "stop"]
         return metrics | {f"monitor/alert_{name}": float(count) for name, count in self.alerted.items()}, alerts
 
-    def _trends(self, entropy: float) -> dict[str, float]:
+    def _trends(self, entropy: float, *, target: float) -> dict[str, float]:
         trend = _slope(self.history["entropy/exact"])
         return {
             "entropy/trend": trend,
-            "entropy/steps_to_leave": self._steps_to_leave(entropy, trend),
+            "entropy/steps_to_leave": self._steps_to_leave(entropy, trend, target),
             "monitor/window": float(len(self.history["entropy/exact"])),
             "monitor/reward_change": _rise(self.history["rollout/reward_mean"]),
             "monitor/success_change": _rise(self.history["rollout/success_rate"]),
             "monitor/form_change": _rise(self.history["rollout/form"]),
         }
 
-    def _steps_to_leave(self, entropy: float, trend: float) -> float:
-        low, high = band(self.target_entropy, self.bounds)
+    def _steps_to_leave(self, entropy: float, trend: float, target: float) -> float:
+        low, high = band(target, self.bounds)
         if not low <= entropy <= high:
             return 0.0
         way = high - entropy if trend > 0 else entropy - low

@@ -112,6 +112,7 @@ def policy_loss(
         expected_weight=expected_weight,
         kl=to_reference,
         kl_coefficient=kl.coefficient if kl.use_loss else 0.0,
+        penalty_weight=None if rows.penalty_weight is None else of_actions(rows.penalty_weight),
     )
     count = objectives.loss_denominator(mask=rows.action_mask[packed.rows].bool(), aggregation=loss.aggregation)
     sums = {

@@ -34,6 +34,8 @@ class Rows:
     """
     expected_temperature: float | None = None
     """T of that sum."""
+    penalty_weight: Float[Tensor, "batch time-1"] | None = None
+    """Weight of |log pi_theta - log pi_old| of each action, which the objective loses; None: no such term."""
     index: Int[Tensor, " batch"] | None = None
     """Where each row stands in the mini-batch that `part` was called on."""
 

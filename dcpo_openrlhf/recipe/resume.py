@@ -194,7 +194,7 @@ def differences(saved: dict[str, Any], recipe: Recipe) -> tuple[list[str], list[
 
 def _may_differ(key: str, recipe: Recipe) -> bool:
     if key == "train.steps":  # the other schedules end at the last update
-        return recipe.optimizer.schedule == "constant"
+        return recipe.optimizer.schedule == recipe.method.target_schedule == "constant"
     if key in _DEEPSPEED_FILES and recipe.parallel.backend == "deepspeed":
         return False
     if key == "parallel.backend":

@@ -12,6 +12,7 @@ def rules(r: "Recipe") -> list[tuple[bool, str]]:
         *_step_rules(r),
         *_reward_rules(r),
         *_correction_rules(r),
+        *_method_rules(r),
         *_mesh_rules(r),
         *_device_rules(r),
         *_backend_rules(r),
@@ -118,6 +119,23 @@ def _reward_rules(r: "Recipe") -> list[tuple[bool, str]]:
             (r.reward.overlong_buffer_len or 0) <= r.rollout.max_new_tokens,
             f"reward.overlong_buffer_len = {r.reward.overlong_buffer_len} must be at most rollout.max_new_tokens = "
             f"{r.rollout.max_new_tokens}, where the penalty is whole; lower it",
+        ),
+    ]
+
+
+def _method_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """The course of H_0, and bounds that must be in order."""
+    m = r.method
+    return [
+        (
+            (m.target_schedule == "constant") == (m.target_entropy_end is None),
+            f"method.target_schedule = {m.target_schedule} with method.target_entropy_end = {m.target_entropy_end}: "
+            "linear and cosine need the H_0 of the last step, constant has none; set both or neither",
+        ),
+        (
+            m.clip_cov_low < m.clip_cov_high,
+            f"method.clip_cov_low = {m.clip_cov_low} must be below method.clip_cov_high = {m.clip_cov_high}; "
+            "change one of them",
         ),
     ]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dcpo_openrlhf.recipe.fields import Expanded, Fraction, Port, Positive, Section
+from dcpo_openrlhf.recipe.method import Method
 from dcpo_openrlhf.recipe.monitor import Action as Action
 from dcpo_openrlhf.recipe.monitor import Monitor
 from dcpo_openrlhf.recipe.processor import native_dtype
@@ -72,37 +73,9 @@ class Task(Section):
     and replays keep; it is looked for only where the template asks."""
 
 
-class Method(Section):
-    name: str = "dcpo"
-    """Row of methods.METHODS."""
-    mixing: Literal["convex", "additive"] = "convex"
-    """convex: (1-w) A + w rho R, w = alpha/(1+alpha) (authors' code). additive: A + alpha rho R (Eq. 7)."""
-    target_entropy: Annotated[float, Field(ge=0)] = 0.25
-    """H_0 [nats/token], entropy set-point (Table 5's best)."""
-    temperature_low: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """T of the target policy while entropy is at or above H_0."""
-    temperature_high: Annotated[float, Field(ge=1)] = 1.2
-    """T of the target policy while entropy is below H_0."""
-    temperature_rule: Literal["switch", "continuous"] = "switch"
-    alpha_schedule: Literal["reference", "paper", "constant", "pi"] = "reference"
-    alpha_max: Annotated[float, Field(ge=0)] = 0.1
-    """reference: cap of |H_0 - H| before the division by the success rate. constant: alpha itself."""
-    proportional_gain: Annotated[float, Field(ge=0)] = 16.0
-    """[1/nat], schedule pi: alpha is alpha_max / success rate from 1 / gain nats away from H_0."""
-    integral_gain: Annotated[float, Field(ge=0)] = 0.1
-    """[1/(nat step)], schedule pi: how fast the remaining distance to H_0 is worked off."""
-    entropy_source: Literal["exact", "lagged_sampled"] = "exact"
-    """exact: this batch, over the vocabulary. lagged_sampled: the previous update's -mean log pi (authors' code)."""
-    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.015
-    """lambda of entropy_reg; unused by the other methods."""
-    entropy_adv_beta: Annotated[float, Field(ge=0)] = 0.4
-    entropy_adv_kappa: Annotated[float, Field(gt=0)] = 2.0
-    aepo_max_rows: Positive = 60
-    """aepo: most rows of a step that rows drawn at T replace (authors' code)."""
-
-
 class Loss(Section):
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The ratio counts no less than 1 - clip_low; at 1 nothing is clipped below."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Lower bound factor for negative advantages (3.0 in the authors' code); None: off, as in the paper."""

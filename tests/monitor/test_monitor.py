@@ -358,6 +358,15 @@ def named(states: list[Row], *, method: str = "dcpo", alpha: float = ALPHA, **bo
     return {name for name in CAUSES if counts[-1][f"monitor/alert_{name}"] > counts[-2][f"monitor/alert_{name}"]}
 
 
+def test_the_band_follows_the_target_of_the_step() -> None:
+    watch = make_monitor(make_recipe(window=3))
+    found = [
+        watch.observe(i, step_metrics(dict(HEALTHY, entropy=0.5), target=target))[0]["entropy/steps_to_leave"]
+        for i, target in enumerate((0.5, 0.5, 0.5, 2.0), start=1)
+    ]
+    assert found[2] > 0 and found[3] == 0  # 0.5 lies below 1.0 to 3.0
+
+
 HACKED = [dict(HEALTHY, correct=1 + i // 4, formless=min(i // 4, 3)) for i in range(14)]
 
 
@@ -534,8 +543,9 @@ def make_trainer(recipe: Recipe) -> Any:
         monitor=make_monitor(recipe),
         log=make_log(recipe),
         experience_maker=SimpleNamespace(
-            decision=ControllerDecision(entropy=1.0, temperature=1.2, alpha=ALPHA),
+            decision=ControllerDecision(entropy=1.0, temperature=1.2, alpha=ALPHA, target_entropy=0.5),
             method=methods.METHODS["dcpo"],
+            entropy_coefficient=0.0,
             prompts=[prompt(i) for i in range(4)],
         ),
         controller=SimpleNamespace(no_success_count=2),

@@ -362,6 +362,14 @@ RULES = [
         [*DEEPSPEED, "parallel.zero_stage=3", "parallel.colocate=true"],
         ["parallel.colocate with parallel.zero_stage = 3", "use zero_stage = 2"],
     ),
+    (
+        ["method.target_schedule=linear"],
+        ["method.target_schedule = linear with method.target_entropy_end = None", "set both or neither"],
+    ),
+    (
+        ["method.clip_cov_low=7"],
+        ["method.clip_cov_low = 7.0 must be below method.clip_cov_high = 5.0", "change one of them"],
+    ),
 ]
 
 

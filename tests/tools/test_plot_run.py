@@ -24,7 +24,7 @@ def write_run(folder, *, alpha: float, entropies=(2.0, 0.2, 0.5), target=0.5):
             "step": step,
             "train/step": step,
             "entropy/exact": entropy,
-            "entropy/target": target,
+            "entropy/target": target[step] if isinstance(target, tuple) else target,
             "rollout/reward_mean": step / 4,
             "dcpo/alpha": alpha,
             "dcpo/temperature": 1.2,
@@ -67,6 +67,14 @@ def test_two_runs_side_by_side(tmp_path, figures, capsys):
     assert set(lines(temperature)) == {"dcpo"}  # no T takes part where alpha is 0
     assert "nats/token" in entropy.get_ylabel()
     assert {entropy.get_xlabel(), temperature.get_xlabel()} == {"step"}
+
+
+def test_a_target_with_a_schedule_is_drawn_as_it_went(tmp_path, figures):
+    runs = [write_run(tmp_path / "a", alpha=0.1, target=(0.5, 0.4, 0.3)), write_run(tmp_path / "b", alpha=0.1)]
+    assert plot_run.main([*map(str, runs), "--output", str(tmp_path / "picture.png")]) == 0
+    drawn = lines(figures[0].axes[0])
+    assert drawn["target $H_0$ = 0.5 to 0.3"] == ([0, 1, 2], [0.5, 0.4, 0.3])
+    assert drawn["target $H_0$ = 0.5"][1] == [0.5, 0.5]
 
 
 def test_missing_metric_is_a_gap(tmp_path):

@@ -1,5 +1,6 @@
 """One update is the same on every mesh, for every split into micro-batches, packed or not, recomputed or not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcpo_openrlhf.methods import METHODS, Constants, method_advantage, penalty_weight
 from dcpo_openrlhf.policy import micro_batch
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
+from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.policy.shared_prompts import deal
 from tests.distributed import run_distributed
 from tests.policy.megatron.common import grouped_rows, make_policy, make_step, random_rows
@@ -54,6 +57,27 @@ def splits_of(name: str) -> dict[str, dict[str, Any]]:
     return SPLITS if MESHES[name][0] < 4 else {key: SPLITS[key] for key in ("row by row", "60 tokens")}
 
 
+def rows_of_update(seed: int) -> Rows:
+    """Rows of which clip_cov left out some tokens and kl_cov holds others, chosen before they are dealt and split."""
+    rows, constants = random_rows(seed=seed), Constants(clip_cov_share=0.1, clip_cov_low=0.0, kl_cov_share=0.2)
+    assert rows.old_logp is not None
+    group_advantage = rows.advantages[0].sum(1) / rows.action_mask.sum(1)
+    tokens = {"old_logp": rows.old_logp, "mask": rows.action_mask, "constants": constants}
+    (advantage,) = method_advantage(
+        METHODS["clip_cov"],
+        group_advantage=group_advantage,
+        success=(group_advantage > 0).float(),
+        target_ratio=torch.ones_like(rows.old_logp),
+        alpha=0.0,
+        mixing="convex",
+        seed=seed,
+        **tokens,
+    )
+    held = penalty_weight(METHODS["kl_cov"], group_advantage=group_advantage, **tokens)
+    assert held is not None and held.any() and ((advantage == 0) & rows.action_mask).any()
+    return replace(rows, advantages=(advantage,), penalty_weight=held)
+
+
 def _on_meshes(rank: int, world_size: int, models: dict[str, Path], names: list[str]) -> dict[str, Any]:
     """{(mesh, split): (this rank's token statistics or None, metrics of two updates, weights on rank 0)}."""
     results = {}
@@ -65,7 +89,7 @@ def _on_meshes(rank: int, world_size: int, models: dict[str, Path], names: list[
             part = random_rows().part(mesh.data_rank, mesh.data_size)
             stats = step.token_statistics(part, temperatures=TEMPERATURES)
             metrics = [
-                step.update(random_rows(seed=seed).part(mesh.data_rank, mesh.data_size), entropy_coefficient=0.1)
+                step.update(rows_of_update(seed).part(mesh.data_rank, mesh.data_size), entropy_coefficient=0.1)
                 for seed in (0, 1)
             ]
             weights = {key: value.clone() for key, value in hf_tensors(policy)}
