@@ -86,9 +86,11 @@ def run(recipe: Recipe) -> None:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())
             raise
         except Exception as error:
+            from dcpo_openrlhf.policy import deaths
+
             if c.every:
                 _save_after_error(trainer, c.error_timeout)
-            if (told := _told(error)) is not None:
+            if (told := deaths.told(error, trainer.actor_model_group)) is not None:
                 raise told from error
             raise
 
@@ -142,19 +144,6 @@ def _before_exit(save: Callable[[], Any], seconds: float, *, bound: str = "check
         logger.warning("no checkpoint of the last step: %s is over; the last whole one stays", bound)
     except Exception as error:
         logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
-
-
-def _told(error: Exception) -> RunError | None:
-    """What to say where a process of the run has died, of which Ray tells class and id alone."""
-    from ray.exceptions import RayActorError
-
-    if not isinstance(error, RayActorError):
-        return None
-    return RunError(
-        f"a process of this run died: {' '.join(str(error).split())}\n"
-        "Its last words are in Ray's session folder (logs/worker-*.err), the kernel's in `dmesg` if memory ran out; "
-        "continue with checkpoint.resume=auto"
-    )
 
 
 def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:
@@ -317,7 +306,7 @@ def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     preflight.check_cluster(recipe, gpus=resources.get("GPU", 0), cpus=resources.get("CPU", 0))
 
 
-def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) -> tuple[list[Any], Any]:
+def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) -> tuple[Any, Any]:
     """Rollout engines (none for a replay) and policy ranks (None where nothing is trained), started side by side.
 
     Both are ended when the stack unwinds.
@@ -355,11 +344,11 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     return engines, group
 
 
-def _create_engines(recipe: Recipe, shared: Any) -> list[Any]:
+def _create_engines(recipe: Recipe, shared: Any) -> Any:
     from dcpo_openrlhf.rollout.pool import create_rollout_engines
 
     r = recipe.rollout
-    return create_rollout_engines(
+    engines = create_rollout_engines(
         count=r.engines,
         tensor_parallel=r.tensor_parallel,
         model=str(recipe.model.path),
@@ -379,6 +368,9 @@ def _create_engines(recipe: Recipe, shared: Any) -> list[Any]:
         max_num_seqs=r.max_sequences,
         timeout_s=recipe.run.startup_timeout,
     )
+    engines.heartbeat_s = r.heartbeat
+    engines.restarts = 0 if shared else r.restarts  # one that starts needs a device that the policy has left
+    return engines
 
 
 def _kill(group: Any) -> None:

@@ -40,7 +40,7 @@ class DCPOTrainer(BasePPOTrainer):
         self,
         strategy: RecipeStrategy,
         actor_group: Any,
-        engines: list[Any],
+        engines: Any,
         tokenizer: PreTrainedTokenizerBase,
         *,
         prompts: tasks.PromptStream,
@@ -93,10 +93,12 @@ class DCPOTrainer(BasePPOTrainer):
                 put(experiences, self.actor_model_group)
                 status = self.ppo_train(step)
                 clock.lap("train")
-                self.sync_weights()
-                clock.lap("weight_sync")
-                self.history.append(self.record(step, experiences, status | clock.seconds()))
-                self.settle(step)
+                try:
+                    self.sync_weights()
+                finally:  # a sync that fails loses no step
+                    clock.lap("weight_sync")
+                    self.history.append(self.record(step, experiences, status | clock.seconds()))
+                    self.settle(step)
             del samples, experiences  # before the next step's come: gigabytes of a large one
             if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.train.steps:
                 self.settle(step, heldout_accuracy=self.evaluate(step))
@@ -240,12 +242,7 @@ class DCPOTrainer(BasePPOTrainer):
         if not self.vllm_engines:
             return
         with self.engines_awake(["weights"], policy_away=False):
-            self.broadcast_to_vllm()
-        versions = set(ray.get([engine.weight_version.remote() for engine in self.vllm_engines]))
-        if versions != {self.weights_version}:
-            raise RuntimeError(
-                f"engines serve weight versions {sorted(versions)} after the sync of version {self.weights_version}"
-            )
+            self.vllm_engines.sync(self.actor_model_group, self.weights_version)
 
     @contextlib.contextmanager
     def engines_awake(self, parts: list[str] | None = None, *, policy_away: bool) -> Iterator[None]:

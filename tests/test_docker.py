@@ -122,6 +122,8 @@ def test_kuberay_job() -> None:
 def test_kuberay_cluster_holds_the_runs_devices(tmp_path: Path) -> None:
     spec = yaml.safe_load((DOCKER / "kuberay-rayjob.yaml").read_text())["spec"]
     words = shlex.split(spec["entrypoint"])
+    assert words[:3] == ["python", "-m", "tools.supervise"]
+    words = words[words.index("--") + 1 :]
     assert words[:4] == ["python", "-m", "dcpo_openrlhf.train_dcpo", "--recipe"]
     (tmp_path / "recipe.yaml").write_text("{model: {path: m}, task: {kind: arithmetic}}")
     recipe = load_recipe(tmp_path / "recipe.yaml", words[5:])
@@ -189,7 +191,8 @@ def test_slurm_script_starts_head_then_workers_then_the_job(
     assert "--nodelist=one" in head and "--head" in head and "--port=23450" in head
     assert "--nodes=2" in workers and "--exclude=one" in workers and "--address=10.0.0.1:23450" in workers
     assert "token=64" in submit and "--address http://10.0.0.1:23451" in submit
-    assert submit.endswith("--recipe recipes/r.yaml checkpoint.resume=auto train.steps=5")
+    assert " -m tools.supervise -- " in submit
+    assert submit.endswith("-m dcpo_openrlhf.train_dcpo --recipe recipes/r.yaml train.steps=5")
 
 
 def test_slurm_warning_stops_the_job_and_waits_for_it(

@@ -266,7 +266,7 @@ class FakeTrainer:
     """A trainer that ends with an error, with two finished steps of which one is saved."""
 
     def __init__(self, in_hand: int | None) -> None:
-        self.in_hand, self.saved = in_hand, []
+        self.in_hand, self.saved, self.actor_model_group = in_hand, [], None
         self.checkpoints = SimpleNamespace(saved_step=1, finish=lambda: self.saved.append("in flight"))
 
     def fit(self) -> None:

@@ -92,9 +92,11 @@ class Examination:
 
     def sync(self) -> str:
         """One sync of all weights; the trainer checks that every engine reports the new version."""
-        begin = time.monotonic()
+        begin, mended = time.monotonic(), len(self.trainer.vllm_engines.failures)
         self.trainer.sync_weights()
         seconds = time.monotonic() - begin
+        for failure in self.trainer.vllm_engines.failures[mended:]:
+            raise RuntimeError(f"{failure}; the next try mended it, which a run would have noted as a warning")
         version, engines = self.trainer.weights_version, len(self.trainer.vllm_engines)
         return f"{seconds:.2f} s over {self.recipe.transport}; {engines} engines report version {version}"
 

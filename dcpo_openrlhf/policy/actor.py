@@ -84,8 +84,8 @@ class PolicyActor(BaseModelActor):
         """Full Hugging Face tensors, one at a time; a collective of all ranks."""
         raise NotImplementedError
 
-    def connect(self, engines: Sequence[Any]) -> None:
-        """Let the weights of this rank's policy reach the engines, which are ready."""
+    def connect(self, engines: Sequence[Any], version: int = 0) -> None:
+        """Let the weights of this rank's policy reach the engines, which are ready; the next sync is `version` + 1."""
         from dcpo_openrlhf import weight_sync
         from dcpo_openrlhf.weight_sync.source import LiveWeights
 
@@ -98,6 +98,8 @@ class PolicyActor(BaseModelActor):
             deadline_s=recipe.weight_sync.deadline,
             engine_world_size=recipe.rollout.tensor_parallel,
             verify=recipe.weight_sync.verify,
+            version=version,
+            instead_of=self.weight_sync,
             port=recipe.weight_sync.port,
         )
 
@@ -388,8 +390,7 @@ class PolicyActorGroup(RayActorGroup):
         """
         self.data_ranks = self._wait(self._building, timeout=timeout, doing="building its model")
         if engines:
-            calls = self.async_run_method("connect", engines)
-            self._wait(calls, timeout=timeout, doing="connecting to the rollout engines")
+            self._wait(self.async_run_method("connect", engines), timeout=timeout, doing="connecting to the engines")
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[ray.ObjectRef]:
         """Each item of each list is one mini-batch of rows, dealt over the data ranks; one ref an actor."""

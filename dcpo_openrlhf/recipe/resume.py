@@ -47,6 +47,8 @@ MAY_DIFFER = (
     "rollout.cpu_kv_cache_gb",
     "rollout.cpu_threads",
     "rollout.timeout",
+    "rollout.heartbeat",
+    "rollout.restarts",
     "rollout.record",
     "rollout.replay",
     "train.micro_batch_size",

@@ -69,8 +69,7 @@ class Task(Section):
     chat_template_kwargs: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
     """Further variables of the chat template, for example {enable_thinking: false} (Qwen3)."""
     date: datetime.date | None = None
-    """The day that a chat template may write as today (YYYY-MM-DD). None: that of the run's first start, which resumes
-    and replays keep; it is looked for only where the template asks."""
+    """Today (YYYY-MM-DD), for chat templates that write it. None: the day of the first start, kept from then on."""
 
 
 class Loss(Section):
@@ -209,6 +208,10 @@ class Rollout(Section):
     """Threads of one engine on cpu; None: all cores divided by the engines."""
     timeout: Annotated[float, Field(gt=0)] = 7200.0
     """Seconds for one step's responses before the run is ended with an error; --dry-run says what they may take."""
+    heartbeat: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds until an engine at work that does not answer is killed; more than a forward or a weight bucket takes."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Engines that are started again, in all, before the run saves and ends with the error; none where colocated."""
     record: bool = False
     """Write every response with its tokens and log-probs to samples/step_NNNNNN.pt, for rollout.replay."""
     replay: Expanded | None = None

@@ -163,7 +163,9 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
     # Health.
 
     async def health(self) -> dict[str, Any]:
-        """Version, unfinished requests and process ids; raises when the engine behind the actor is dead."""
+        """Version, unfinished requests and processes, by vLLM's engine process, which must answer; raises where it is
+        dead.
+        """
         await self.llm.check_health()
         return {
             "weight_version": await self.weight_version(),
@@ -171,6 +173,8 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
             "unfinished_requests": self.get_num_unfinished_requests(),
             "pid": os.getpid(),
             "children": [child.pid for child in _children()],
+            "node": ray.get_runtime_context().get_node_id(),
+            "processes": [(p.pid, p.create_time()) for p in (*_children(), psutil.Process())],
         }
 
     async def shutdown(self) -> None:

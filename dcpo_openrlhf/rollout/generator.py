@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
 from dcpo_openrlhf.rollout.engine import Response, require_room
-from dcpo_openrlhf.rollout.pool import gather
+from dcpo_openrlhf.rollout.healing import EnginePool
 
 install_flash_attn_stub()
 
@@ -58,15 +58,14 @@ class DCPOSamplesGenerator(SamplesGenerator):
         """One Experience [1, T] a response: prompts in the order given, the `n_samples` of a prompt consecutive.
 
         max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples. Raises
-        ValueError for a prompt without room, RuntimeError naming the engine that died or did not answer in time.
+        ValueError for a prompt without room, RuntimeError naming the engine that failed or did not answer in time.
         """
         if temperature == 0 and n_samples > 1:
             raise ValueError(f"temperature 0 gives {n_samples} equal samples; ask for 1 or raise the temperature")
         token_ids = self.tokenizer(text=list(prompts), add_special_tokens=False)["input_ids"]
         for prompt, ids in zip(prompts, token_ids, strict=True):
             require_room(ids, max_new_tokens, max_len, prompt)
-        engine_of = self._assign(len(token_ids), n_samples)
-        requests: dict[int, list[dict[str, Any]]] = {}
+        requests = []
         for index, (prompt, label, ids) in enumerate(zip(prompts, labels, token_ids, strict=True)):
             params = self._sampling_params(
                 seed=request_seed(self.seed, step, index),
@@ -75,7 +74,7 @@ class DCPOSamplesGenerator(SamplesGenerator):
                 top_p=top_p,
                 top_k=top_k,
             )
-            requests.setdefault(engine_of[index], []).append(
+            requests.append(
                 {
                     "prompt": prompt,
                     "label": label,
@@ -86,35 +85,13 @@ class DCPOSamplesGenerator(SamplesGenerator):
                     "prompt_token_ids": ids,
                 }
             )
-        answers = gather(
-            [self.vllm_engines[engine].generate_groups.remote(batch) for engine, batch in requests.items()],
-            list(requests),
-            timeout_s=self.timeout_s,
-            doing=f"generating for step {step}",
-            remedy="see its log; resume from the last checkpoint, and raise rollout.timeout if it was only slow",
-        )
-        of_engine = {engine: iter(groups) for engine, groups in zip(requests, answers, strict=True)}
+        pool = EnginePool.of(self.vllm_engines)
+        groups = pool.generate(requests, doing=f"generating for step {step}", timeout_s=self.timeout_s)
         return [
             experience(response, prompt, label, max_len=max_len)
-            for engine, prompt, label in zip(engine_of, prompts, labels, strict=True)
-            for response in next(of_engine[engine])
+            for group, prompt, label in zip(groups, prompts, labels, strict=True)
+            for response in group
         ]
-
-    def _assign(self, num_prompts: int, n_samples: int) -> list[int]:
-        """Engine of each prompt: always the one with the fewest samples in hand."""
-        load = gather(
-            [engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines],
-            list(range(len(self.vllm_engines))),
-            timeout_s=self.timeout_s,
-            doing="being asked for their load",
-            remedy="see its log; resume from the last checkpoint",
-        )
-        chosen = []
-        for _ in range(num_prompts):
-            engine = load.index(min(load))
-            load[engine] += n_samples
-            chosen.append(engine)
-        return chosen
 
     def _sampling_params(
         self, *, seed: int, max_tokens: int, temperature: float, top_p: float, top_k: int

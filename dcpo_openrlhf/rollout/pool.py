@@ -11,11 +11,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group as make_placement_group
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.rollout.engine import RolloutEngine
+from dcpo_openrlhf.rollout.healing import EngineError, EnginePool, what_it_did
 
 from openrlhf.trainer.ray.utils import get_bundle_indices  # isort: skip  (engine installs the stub it needs)
 
@@ -70,7 +70,7 @@ def create_rollout_engines(
     max_num_seqs: int | None = None,
     env: dict[str, str] | None = None,
     timeout_s: float = 600.0,
-) -> list["ActorHandle"]:
+) -> EnginePool:
     """`count` engines that start in the background; `wait_until_ready` tells when they serve.
 
     One Ray GPU (on CPU a logical one) for each of an engine's `tensor_parallel` workers, in a placement group of their
@@ -101,14 +101,18 @@ def create_rollout_engines(
         "env": (env or {}) | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if transport == "ipc" else {}),
         **_device_kwargs(device, tensor_parallel, max_model_len, gpu_memory_utilization, cpu_kv_cache_gb, block_size),
     }
-    engines = []
-    for index in range(count):
-        if device == "cpu":
-            cpus = {"threads": cpu_threads, "workers": tensor_parallel, "engine": index, "engines": count}
-            settings["cpu_share"] = cpus
-        share = COLOCATED_SHARE if colocated else 1.0
-        engines.append(_start(settings | {"seed": seed + index}, placement_group, bundle_indices[index], share))
-    return engines
+
+    def start(index: int) -> "ActorHandle":
+        cpus = {"threads": cpu_threads, "workers": tensor_parallel, "engine": index, "engines": count}
+        own = {"seed": seed + index} | ({"cpu_share": cpus} if device == "cpu" else {})
+        return _start(settings | own, placement_group, bundle_indices[index], COLOCATED_SHARE if colocated else 1.0)
+
+    return EnginePool(
+        [start(index) for index in range(count)],
+        start=start,
+        startup_s=timeout_s,
+        own_group=None if colocated else placement_group,
+    )
 
 
 def _start(settings: dict[str, Any], group: "PlacementGroup", bundles: Sequence[int], share: float) -> "ActorHandle":
@@ -181,7 +185,7 @@ def _devices_held() -> str:
 
 def wait_until_ready(engines: Sequence["ActorHandle"], timeout_s: float) -> None:
     """Return when every engine answers. Raises StartupError that names the engine which failed or is late."""
-    gather(
+    found = gather(
         [engine.health.remote() for engine in engines],
         list(range(len(engines))),
         timeout_s=timeout_s,
@@ -190,6 +194,8 @@ def wait_until_ready(engines: Sequence["ActorHandle"], timeout_s: float) -> None
         "so raise run.startup_timeout if it was still loading",
         error=StartupError,
     )
+    for slot, health in enumerate(found):
+        EnginePool.of(engines).came_up(slot, health)
 
 
 def sleep(engines: Sequence["ActorHandle"], timeout_s: float) -> None:
@@ -205,14 +211,8 @@ def sleep(engines: Sequence["ActorHandle"], timeout_s: float) -> None:
 
 
 def shutdown_engines(engines: Sequence["ActorHandle"], timeout_s: float = 30.0) -> None:
-    """Stop the engines' processes, then the actors."""
-    ray.wait([engine.shutdown.remote() for engine in engines], num_returns=len(engines), timeout=timeout_s)
-    for engine in engines:
-        ray.kill(engine)
-
-
-class EngineError(RunError):
-    """A rollout engine died or did not answer; names it, and what to do."""
+    """Stop the engines' processes, then the actors; devices that were reserved for them alone are free again."""
+    EnginePool.of(engines).shutdown(timeout_s)
 
 
 def gather(
@@ -239,10 +239,8 @@ def gather(
             except RayActorError as death:
                 raise error(f"{who} {engine_of[position[call]]} died while {doing}; {remedy}: {death}") from death
             except RayTaskError as failure:
-                if not isinstance(failure.cause, EngineDeadError):
-                    raise
-                dead = f"{who} {engine_of[position[call]]} died while {doing}: vLLM's worker behind it is gone"
-                raise error(f"{dead}; {remedy}") from failure
+                did = what_it_did(failure)
+                raise error(f"{who} {engine_of[position[call]]} {did} while {doing}; {remedy}") from failure
         if pending and time.monotonic() >= ends:
             late = Counter(engine_of[position[call]] for call in pending)
             kind = who.split()[-1]

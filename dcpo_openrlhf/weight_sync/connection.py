@@ -15,12 +15,15 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from dcpo_openrlhf.weight_sync import TRANSPORTS, register
 from dcpo_openrlhf.weight_sync.buckets import MIB
 from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient, WeightSyncError
+from dcpo_openrlhf.weight_sync.source import WholeWalk
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 # A call that overruns names the late engine itself; the watching thread waits this much longer for that better message.
 GRACE_S = 2.0
+_threads: list[threading.Thread] = []
+"""The thread of this process's last sync."""
 
 
 class WeightSync:
@@ -31,12 +34,14 @@ class WeightSync:
         *,
         engine: TrainerWeightTransferEngine,
         client: RayWeightSyncClient,
+        source: WholeWalk,
         transport: str,
         rank: int,
         version: int,
     ) -> None:
         self.engine = engine
         self.client = client
+        self.source = source
         self.transport = transport
         self.rank = rank
         self.version = version
@@ -54,14 +59,9 @@ class WeightSync:
         version = self.version + 1 if version is None else version
         begin = time.monotonic()
         self.client.begin(version)
-
-        def send() -> None:
-            wait_for_device()
-            self.engine.send_weights()
-
         try:
             within(
-                send,
+                self._send,
                 deadline_s=self.client.deadline_s,
                 what=lambda: f"{self.client} over {self.transport}, trainer rank {self.rank}, {self.client.stage},",
             )
@@ -70,6 +70,13 @@ class WeightSync:
             raise
         self.version = version
         return time.monotonic() - begin
+
+    def _send(self) -> None:
+        wait_for_device()
+        try:
+            self.engine.send_weights()
+        finally:
+            self.source.finish()
 
     @property
     def checksums(self) -> dict[str, int]:
@@ -95,6 +102,7 @@ def connect(
     version: int = 0,
     host: str | None = None,
     port: int | None = None,
+    instead_of: WeightSync | None = None,
 ) -> WeightSync:
     """The sync between this trainer rank and all `engines`; every rank calls it, with the same arguments but `rank`.
 
@@ -102,7 +110,10 @@ def connect(
     shared_memory and gloo. verify: an engine that holds other bits than were sent is an error. host, port: where the
     engines reach trainer rank 0 over gloo or nccl (default: the address Ray uses and a free port). nccl and ipc are
     vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or takes too long.
+    instead_of is shut down first, which lets go of engines that still wait for it.
     """
+    if instead_of is not None:
+        instead_of.shutdown()
     if transport not in TRANSPORTS:
         raise ValueError(f"weight_sync.transport must be one of {', '.join(TRANSPORTS)}, not {transport!r}")
     register()
@@ -115,6 +126,7 @@ def connect(
 
             source = CheckedSource(source)
             client.sent_checksums = source.checksums
+    walk = WholeWalk(source)
 
     def handshake() -> TrainerWeightTransferEngine:
         info = _init_info(
@@ -128,14 +140,14 @@ def connect(
             verify=verify,
             deadline_s=deadline_s,
         )
-        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=walk)
 
     engine = within(
         handshake,
         deadline_s=deadline_s,
         what=lambda: f"the weight-sync handshake over {transport}, trainer rank {rank},",
     )
-    return WeightSync(engine=engine, client=client, transport=transport, rank=rank, version=version)
+    return WeightSync(engine=engine, client=client, source=walk, transport=transport, rank=rank, version=version)
 
 
 def _init_info(
@@ -183,6 +195,10 @@ def within[T](work: Callable[[], T], *, deadline_s: float, what: Callable[[], st
     A collective that never returns blocks that thread and not the caller. Thread-local state of the caller, such as a
     TorchFunctionMode, is not set in `work`.
     """
+    if _threads:  # after a deadline it may still be walking the source, in collectives that must not meet the next ones
+        _threads[0].join(deadline_s)
+        if _threads.pop().is_alive():
+            raise WeightSyncError(f"{what()} cannot begin: an earlier sync of this policy rank still hangs")
     result: Future[T] = Future()
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -195,7 +211,8 @@ def within[T](work: Callable[[], T], *, deadline_s: float, what: Callable[[], st
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="weight_sync", daemon=True).start()
+    _threads.append(threading.Thread(target=run, name="weight_sync", daemon=True))
+    _threads[0].start()
     try:
         return result.result(timeout=deadline_s + GRACE_S)
     except WeightSyncError:

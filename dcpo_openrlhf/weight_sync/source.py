@@ -27,3 +27,24 @@ class LiveWeights(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._tensors()
+
+
+class WholeWalk(WeightSource):
+    """A source that is walked to its end also after an error: the other ranks take part in every tensor's gather."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._walk: Iterator[tuple[str, Tensor]] | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        return self._source.metadata()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._walk = iter(self._source)
+        return self._walk
+
+    def finish(self) -> None:
+        """Take what is left of the walk, all of it where none was begun."""
+        for _ in self if self._walk is None else self._walk:
+            pass
+        self._walk = None

@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from dcpo_openrlhf.local_ray import StartupError
+from dcpo_openrlhf.policy import deaths
 from dcpo_openrlhf.policy.actor import PolicyActorGroup
 from tests.bounds import HANG_S
 from tests.weight_sync.engines import cluster
@@ -73,6 +74,23 @@ def test_a_rank_that_never_answers_is_named_and_the_others_know_each_other() -> 
         StartupError, match=r"policy ranks took more than 2 s while building its model: rank 1 \(1 calls\) did not"
     ):
         group.finish_init([], timeout=2.0)
+    end(group)
+
+
+def test_dead_ranks_are_told_from_those_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = PolicyActorGroup(1, 2, Rank, timeout_s=HANG_S)
+    ray.get(group.async_run_method("where"), timeout=HANG_S)
+    group._actor_handlers[1].init_model_from_pretrained.remote()  # at work for ever
+    monkeypatch.setattr(deaths, "DEAD_S", 5.0)
+    assert deaths.dead_ranks(group) == []
+    failure = ray.exceptions.RayTaskError("all_reduce", "the rank's traceback", RuntimeError("connection closed"))
+    assert deaths.told(failure, group) is None, "no rank is dead: its own error is told"
+    ray.kill(group._actor_handlers[0])
+    with pytest.raises(ray.exceptions.RayActorError):
+        while True:  # until it is
+            ray.get(group._actor_handlers[0].where.remote(), timeout=HANG_S)
+    assert deaths.dead_ranks(group) == [0]
+    assert "a process of this run died: policy rank 0\n" in str(deaths.told(failure, group))
     end(group)
 
 

@@ -41,6 +41,15 @@ def engine(ray_cluster, folders):
         assert_all_end(children)
 
 
+class Counting(FolderSource):
+    walked = 0
+
+    def __iter__(self):
+        for pair in super().__iter__():
+            self.walked += 1
+            yield pair
+
+
 def sync_to(engine, source, **options):
     settings = {"transport": "gloo", "rank": 0, "deadline_s": HANG_S, "bucket_bytes": BUCKET_BYTES} | options
     return connect(engines=[engine], source=source, **settings)
@@ -84,7 +93,8 @@ def test_a_sync_that_leaves_a_weight_out_is_refused_and_the_next_one_repairs(eng
 
 
 def test_bytes_that_change_on_the_way_are_noticed(engine, folders, monkeypatch):
-    sync = sync_to(engine, FolderSource(folders[0]))
+    source = Counting(folders[0])
+    sync = sync_to(engine, source)
     send = sync.engine.send_bucket
 
     def corrupt(update_info, buffer):
@@ -95,6 +105,7 @@ def test_bytes_that_change_on_the_way_are_noticed(engine, folders, monkeypatch):
     monkeypatch.setattr(sync.engine, "send_bucket", corrupt)
     with pytest.raises(WeightSyncError, match=r"engine 0.*bucket 3 of \d+.*arrived with checksum"):
         sync.send_weights()
+    assert source.walked == len(source.tensors), "other trainer ranks take part in every tensor"
 
 
 def test_a_source_that_never_returns_ends_at_the_deadline(engine, folders):
@@ -113,14 +124,6 @@ def test_a_source_that_never_returns_ends_at_the_deadline(engine, folders):
 
 
 def test_other_trainer_ranks_walk_the_source_and_send_nothing(folders):
-    class Counting(FolderSource):
-        walked = 0
-
-        def __iter__(self):
-            for pair in super().__iter__():
-                self.walked += 1
-                yield pair
-
     source = Counting(folders[0])
     sync = sync_to("no engine is called from this rank", source, rank=1)
     sync.send_weights()

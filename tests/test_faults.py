@@ -1,0 +1,63 @@
+"""Real engines and a real policy, hurt in the middle of a run: the run ends as one that nothing disturbed."""
+
+from pathlib import Path
+
+import pytest
+
+from dcpo_openrlhf import checkpoint
+from tools.bench import faults
+
+STEPS = faults.STEPS
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.tiny_recipe(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> faults.Outcome:
+    """The run that nothing disturbs."""
+    outcome = faults.run("none", recipe.parent, str(recipe), [])
+    assert outcome.status == 0 and outcome.left == [], outcome.log[-3000:]
+    return outcome
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", faults.FAULTS)
+def test_a_hurt_run_ends_with_the_metrics_of_the_whole_one(name: str, recipe: Path, whole: faults.Outcome) -> None:
+    hangs = ["rollout.heartbeat=30"] if "stop" in name else []
+    outcome = faults.run(name, recipe.parent, str(recipe), hangs)
+    assert outcome.status == 0, outcome.log[-3000:]
+    assert "done" in outcome.seconds, "the fault did not come"
+    assert name == "kill-rank" or "noticed" in outcome.seconds, outcome.log[-3000:]
+    assert [row["step"] for row in outcome.rows] == list(range(1, STEPS + 1))
+    assert [row["weights/version"] for row in outcome.rows] == list(range(2, STEPS + 2))
+    assert faults.difference(outcome.rows, whole.rows) == 0.0, "fp32, equal batches"
+    assert outcome.left == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["kill-actor", "sync-kill"])
+def test_the_last_failure_saves_the_finished_step_and_is_one_message(name: str, recipe: Path) -> None:
+    folder = recipe.parent / f"last-{name}"
+    folder.mkdir()
+    outcome = faults.run(name, folder, str(recipe), ["rollout.restarts=0", "checkpoint.every=50"])
+    assert outcome.status == 1 and outcome.left == []
+    errors = [line for line in outcome.log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: rollout engine 0 died"), outcome.log[-3000:]
+    assert "Traceback" not in outcome.log
+    newest = checkpoint.newest_whole(folder / name / "checkpoints")
+    assert newest is not None and newest.step == (2 if name == "sync-kill" else 1), "trained is trained"
+
+
+@pytest.mark.long
+def test_with_two_engines_the_other_one_takes_the_prompts(recipe: Path) -> None:
+    two = ["rollout.engines=2", "rollout.heartbeat=300"]
+    folder = recipe.parent / "two"
+    folder.mkdir()
+    outcomes = [faults.run(name, folder, str(recipe), two) for name in ("none", "kill-worker")]
+    for outcome in outcomes:
+        assert outcome.status == 0 and outcome.left == [], outcome.log[-3000:]
+    assert "noticed" in outcomes[1].seconds
+    assert faults.difference(outcomes[1].rows, outcomes[0].rows) < 1e-3, "other batches round differently"
