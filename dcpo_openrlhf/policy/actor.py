@@ -13,11 +13,11 @@ import ray
 import torch
 
 from dcpo_openrlhf.local_ray import StartupError
-from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, make_importable
 from dcpo_openrlhf.recipe.resume import STOP
 from dcpo_openrlhf.recipe.schema import Recipe
 
-install_flash_attn_stub()
+make_importable()
 
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
