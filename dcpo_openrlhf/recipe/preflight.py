@@ -53,6 +53,7 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
     """Each check's name -> what it found, with the remedy; method, model and reward are errors of a dry run too."""
     machine = {
         "weights": _weights,
+        "paths": _paths,
         "run folder": _run_folder,
         "resume": _resume,
         "replay": _replay,
@@ -282,6 +283,18 @@ def _version(name: str) -> str | None:
 
 def _same(found: str | None, tested: str) -> bool:
     return found is not None and found.partition("+")[0] == tested
+
+
+def _paths(recipe: Recipe) -> Iterator[str]:
+    if "working_dir_files" not in Path.cwd().parts:  # where Ray unpacks a job's --working-dir, on each node anew
+        return
+    paths = {key: value for key, value in recipe.settings.items() if isinstance(value, Path) and key != "model.config"}
+    relative = [f"{key} = {value}" for key, value in paths.items() if not value.is_absolute()]
+    if relative:
+        yield (
+            f"{', '.join(relative)} must be absolute: a job's working directory is a copy that ends with it, "
+            "on every node another; add what `python -m tools.paths --recipe FILE` prints where the job is submitted"
+        )
 
 
 def _run_folder(recipe: Recipe) -> Iterator[str]:

@@ -411,3 +411,16 @@ def test_replay_needs_what_evaluation_and_tempered_rows_ask_for(violations: Chec
 def test_resume_names_what_it_cannot_continue(violations: Check, tmp_path: Path) -> None:
     line = only(violations({"checkpoint.resume": tmp_path / "step_000004"}))
     assert "is not a checkpoint (a folder step_NNNNNN)" in line
+
+
+def test_relative_paths_in_the_copy_that_a_ray_job_runs_in_are_refused(
+    violations: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert violations() == []
+    (line,) = violations({"run.dir": Path("runs/a"), "model.config": Path("config.json")})
+    assert "run.dir = runs/a must be absolute" in line and "python -m tools.paths" in line
+    monkeypatch.chdir(tmp_path)
+    assert violations({"run.dir": Path("runs/a")}) == []
