@@ -21,7 +21,7 @@ ON_GPUS = [path for path in RECIPES if "xa800" in path.stem]
 MAIN = FOLDER / "dcpo-qwen2.5-math-7b-8xa800.yaml"
 METHODS_OF_THE_PAPER = ("dcpo", "grpo", "entropy_reg", "entropy_adv", "aepo")
 MODELS_OF_THE_PAPER = ("qwen2.5-7b", "qwen2.5-math-7b", "qwen3-4b")
-HERE = ("model.path = ", "task.", "the run needs ", "run.dir = ", "not installed: ")
+HERE = ("model.path = ", "task.", "the run needs ", "run.dir = ", "not installed: ", "model.layers = auto takes ")
 """How a line begins that says what this machine lacks."""
 PAPER = {
     # the paper, else its authors' code

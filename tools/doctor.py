@@ -87,7 +87,7 @@ def before_start(recipe: Recipe, report: Report) -> None:
     report.ok("machine", machine())
     found = preflight.violations(recipe)
     if not found["packages"]:
-        report.ok("packages", preflight.packages().removeprefix("packages: "))
+        report.ok("packages", preflight.packages(recipe).removeprefix("packages: "))
         del found["packages"]
     for name, texts in found.items():
         for text in texts:

@@ -24,10 +24,12 @@ TESTED = {
     "megatron-core": "0.19.2",
     "openrlhf": "0.11.2",
     "ray": "2.55.0",
+    "transformer-engine": "2.20.2",
     "transformers": "5.15.0",
     "vllm": "0.29.0",
 }
-"""Versions that pyproject.toml pins, or OpenRLHF (deepspeed)."""
+"""Versions that pyproject.toml pins, or OpenRLHF (deepspeed); what a recipe has no use for may be missing."""
+TE = "transformer-engine"
 IMPORT_LIMIT_S = 300.0
 """For one reward function; torch alone takes seconds, much longer where all cores are busy."""
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
@@ -71,15 +73,15 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
 def plan(recipe: Recipe, lacking: list[str]) -> str:
     """Devices, memory, packages and what this machine lacks, as YAML comments: --dry-run prints it after the recipe."""
     hf = json.loads(_config_file(recipe, dry_run=True).read_text())
-    lines = [memory.report(memory.Sizes.of(hf), recipe), packages()]
+    lines = [memory.report(memory.Sizes.of(hf), recipe), packages(recipe)]
     lines += [f"note: {text}" for text in hints(recipe)]
     lines += [f"a run on this machine would be refused: {text}" for text in lacking]
     return "\n".join(f"# {line}" for line in "\n".join(lines).splitlines())
 
 
-def packages() -> str:
+def packages(recipe: Recipe) -> str:
     """Versions found of the packages that a run stands on, beside those it was tested with where they differ."""
-    found = {name: _version(name) for name in TESTED}
+    found = {name: _version(name) for name in _needed(recipe)}
     return "packages: " + ", ".join(
         f"{name} {version or 'missing'}" + ("" if _same(version, TESTED[name]) else f" (tested with {TESTED[name]})")
         for name, version in found.items()
@@ -266,10 +268,26 @@ def _file_system(path: Path) -> str:
 
 
 def _packages(recipe: Recipe) -> Iterator[str]:
-    needless = ("megatron-core",) if recipe.parallel.backend == "deepspeed" else ()
-    missing = [name for name in TESTED if name not in needless and _version(name) is None]
+    missing = [name for name in _needed(recipe) if _version(name) is None]
+    if TE in missing:
+        missing.remove(TE)
+        wants = f"model.layers = {recipe.model.layers}"
+        if recipe.model.layers == "local":
+            wants = f"optimizer.cpu_offload = {recipe.optimizer.cpu_offload:g}"
+        yield (
+            f"{wants} takes Transformer Engine on cuda, which is not installed here ({TE} {TESTED[TE]}); install it "
+            "(make setup-gpu), or set model.layers=local and optimizer.cpu_offload=0, which the plan then counts"
+        )
     if missing:
         yield f"not installed: {', '.join(missing)}; install a lock file of docker/"
+
+
+def _needed(recipe: Recipe) -> list[str]:
+    """Those of TESTED that the recipe has a use for."""
+    megatron = recipe.parallel.backend == "megatron"
+    layers = recipe.run.device == "cuda" and (recipe.model.layers != "local" or recipe.optimizer.cpu_offload > 0)
+    used = {"megatron-core": megatron, TE: megatron and layers and not recipe.train.rollout_only}
+    return [name for name in TESTED if used.get(name, True)]
 
 
 def _version(name: str) -> str | None:

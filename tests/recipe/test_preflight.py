@@ -267,7 +267,7 @@ def test_colocated_engines_need_no_devices_of_their_own(violations: Check) -> No
 
 def test_not_enough_gpus_on_this_machine(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    line = only(violations({"run.device": "cuda"}))
+    line = only(violations({"run.device": "cuda", "model.layers": "local"}))
     assert "the run needs 2 devices" in line and "this machine has 1 GPUs" in line and "set run.device=cpu" in line
 
 
@@ -354,6 +354,23 @@ def test_deepspeed_needs_no_megatron_and_trains_dense_models(
     line = only(violations({"parallel.backend": "deepspeed", "model.path": moe}))
     assert line.startswith("parallel.backend = deepspeed trains dense models only, got model_type = 'qwen3_moe'")
     assert line.endswith("set backend = megatron")
+
+
+def test_transformer_engine_is_wanted_by_what_takes_it(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    version = preflight._version
+    monkeypatch.setattr(preflight, "_version", lambda name: None if name == preflight.TE else version(name))
+    cuda = {"run.device": "cuda", "parallel.devices_per_node": 4}
+    line = only(violations(cuda))
+    assert line.startswith("model.layers = auto takes Transformer Engine on cuda, which is not installed here")
+    assert "make setup-gpu" in line and "model.layers=local" in line
+    line = only(violations(cuda | {"model.layers": "local", "optimizer.cpu_offload": 0.5}))
+    assert line.startswith("optimizer.cpu_offload = 0.5 takes Transformer Engine")
+    for other in ({"model.layers": "local"}, {"parallel.backend": "deepspeed"}, {"train.rollout_only": True}):
+        assert violations(cuda | other) == []
+    assert violations() == []
+    monkeypatch.setattr(preflight, "_version", lambda name: "2.20.2" if name == preflight.TE else version(name))
+    assert violations(cuda) == []
 
 
 def test_unknown_method(violations: Check) -> None:

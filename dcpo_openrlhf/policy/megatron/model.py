@@ -257,7 +257,7 @@ _TIED_HEAD = ("model.embed_tokens.weight",)
 def _layer_spec(sizes: Sizes, config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
     """Layers for GPTModel: Transformer Engine's, or megatron-core's local ones with our attention and norm."""
     if layers == "auto":
-        layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
+        layers = "transformer_engine" if device == "cuda" else "local"
     te = layers == "transformer_engine"
     kinds = {experts: _layer(sizes, config, experts, te) for experts in {None, config.num_moe_experts}}
     first = get_transformer_layer_offset(config, chunk)
@@ -307,9 +307,3 @@ def _te_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
-
-
-def _has_transformer_engine() -> bool:
-    from megatron.core.extensions import transformer_engine
-
-    return bool(transformer_engine.HAVE_TE)

@@ -19,6 +19,7 @@ from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
 from dcpo_openrlhf.policy.megatron.mesh import close_mesh
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from dcpo_openrlhf.policy.token_stats import token_stats
+from dcpo_openrlhf.recipe import preflight
 from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
@@ -68,6 +69,8 @@ def in_process(device: str, fn: Callable[..., Any], *arguments: Any) -> Any:
 def make(device: str, path: Path, *, step: dict[str, Any] | None = None, **policy: Any) -> Any:
     close_mesh()
     gc.collect()
+    if device == "cuda":
+        policy.setdefault("layers", layers_here()[-1])
     return make_step(make_policy(path, rank=0, world_size=1, device=device, **policy), **(step or {}))
 
 
@@ -88,9 +91,7 @@ def _weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def layers_here() -> list[str]:
-    from dcpo_openrlhf.policy.megatron.model import _has_transformer_engine
-
-    return ["local", "transformer_engine"] if _has_transformer_engine() else ["local"]
+    return ["local", *["transformer_engine"] * (preflight._version(preflight.TE) is not None)]
 
 
 @pytest.fixture(scope="module")
