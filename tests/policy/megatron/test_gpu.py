@@ -132,6 +132,28 @@ def test_bf16_gradient_points_where_that_of_the_cpu_does(
             assert cosine > BF16_COSINE, f"{name} {key}"
 
 
+def _with_and_without_fused_rotary(device: str, path: Path) -> Any:
+    found = []
+    for fused in (True, False):
+        trainer = make(device, path, layers="local")
+        assert trainer.policy.config.apply_rope_fusion
+        trainer.policy.config.apply_rope_fusion = fused
+        found.append(
+            (trainer.token_statistics(random_rows(), temperatures=TEMPERATURES), trainer.update(random_rows()))
+        )
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_fused_rotary_embedding_gives_the_same_numbers(models: dict[str, Path], architecture: str) -> None:
+    if "transformer_engine" not in layers_here():
+        pytest.skip("it is Transformer Engine's")
+    fused, own = in_process("cuda", _with_and_without_fused_rotary, models[architecture])
+    for key, value in own[0].items():
+        torch.testing.assert_close(fused[0][key], value, atol=1e-5, rtol=1e-5, msg=key)
+    assert fused[1] == pytest.approx(own[1], rel=1e-4, abs=1e-6)
+
+
 def _saved_and_resumed(device: str, path: Path, folder: Path) -> Any:
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
