@@ -1,7 +1,6 @@
 """Before anything starts: every violation that recipe, model folder and machine show, all at once, with its remedy."""
 
 import difflib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -15,21 +14,9 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.methods import METHODS
-from dcpo_openrlhf.recipe import families, memory, model_config, processor, resume, weights
+from dcpo_openrlhf.recipe import families, memory, model_config, packages, processor, resume, weights
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
-TESTED = {
-    "torch": "2.13.0",
-    "deepspeed": "0.19.6",
-    "megatron-core": "0.19.2",
-    "openrlhf": "0.11.2",
-    "ray": "2.55.0",
-    "transformer-engine": "2.20.2",
-    "transformers": "5.15.0",
-    "vllm": "0.29.0",
-}
-"""Versions that pyproject.toml pins, or OpenRLHF (deepspeed); what a recipe has no use for may be missing."""
-TE = "transformer-engine"
 IMPORT_LIMIT_S = 300.0
 """For one reward function; torch alone takes seconds, much longer where all cores are busy."""
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
@@ -64,7 +51,7 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
         "ports": _ports,
         "cluster": _cluster,
         "devices": _devices,
-        "packages": _packages,
+        "packages": packages.violations,
     }
     found = {"method": list(_method(recipe)), "model": list(_model(recipe, dry_run)), "reward": list(_reward(recipe))}
     return found | {name: list(part(recipe)) for name, part in machine.items()}
@@ -73,19 +60,10 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
 def plan(recipe: Recipe, lacking: list[str]) -> str:
     """Devices, memory, packages and what this machine lacks, as YAML comments: --dry-run prints it after the recipe."""
     hf = json.loads(_config_file(recipe, dry_run=True).read_text())
-    lines = [memory.report(memory.Sizes.of(hf), recipe), packages(recipe)]
+    lines = [memory.report(memory.Sizes.of(hf), recipe), packages.report(recipe)]
     lines += [f"note: {text}" for text in hints(recipe)]
     lines += [f"a run on this machine would be refused: {text}" for text in lacking]
     return "\n".join(f"# {line}" for line in "\n".join(lines).splitlines())
-
-
-def packages(recipe: Recipe) -> str:
-    """Versions found of the packages that a run stands on, beside those it was tested with where they differ."""
-    found = {name: _version(name) for name in _needed(recipe)}
-    return "packages: " + ", ".join(
-        f"{name} {version or 'missing'}" + ("" if _same(version, TESTED[name]) else f" (tested with {TESTED[name]})")
-        for name, version in found.items()
-    )
 
 
 def hints(recipe: Recipe) -> list[str]:
@@ -265,42 +243,6 @@ def _file_system(path: Path) -> str:
         if (place + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
             best = mount, kind
     return best[1]
-
-
-def _packages(recipe: Recipe) -> Iterator[str]:
-    missing = [name for name in _needed(recipe) if _version(name) is None]
-    if TE in missing:
-        missing.remove(TE)
-        wants = f"model.layers = {recipe.model.layers}"
-        if recipe.model.layers == "local":
-            wants = f"optimizer.cpu_offload = {recipe.optimizer.cpu_offload:g}"
-        yield (
-            f"{wants} takes Transformer Engine on cuda, which is not installed here ({TE} {TESTED[TE]}); install it "
-            "(make setup-gpu), or set model.layers=local and optimizer.cpu_offload=0, which the plan then counts"
-        )
-    if missing:
-        yield f"not installed: {', '.join(missing)}; install a lock file of docker/"
-
-
-def _needed(recipe: Recipe) -> list[str]:
-    """Those of TESTED that the recipe has a use for."""
-    megatron = recipe.parallel.backend == "megatron"
-    layers = recipe.run.device == "cuda" and (recipe.model.layers != "local" or recipe.optimizer.cpu_offload > 0)
-    used = {"megatron-core": megatron, TE: megatron and layers and not recipe.train.rollout_only}
-    return [name for name in TESTED if used.get(name, True)]
-
-
-def _version(name: str) -> str | None:
-    for candidate in (name, f"{name}-cpu"):
-        try:
-            return importlib.metadata.version(candidate)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _same(found: str | None, tested: str) -> bool:
-    return found is not None and found.partition("+")[0] == tested
 
 
 def _paths(recipe: Recipe) -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcpo_openrlhf.recipe import preflight, weights
+from dcpo_openrlhf.recipe import packages, preflight, weights
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import Sizes
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
@@ -267,6 +267,7 @@ def test_colocated_engines_need_no_devices_of_their_own(violations: Check) -> No
 
 def test_not_enough_gpus_on_this_machine(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(packages, "capability", lambda: (9, 0))
     line = only(violations({"run.device": "cuda", "model.layers": "local"}))
     assert "the run needs 2 devices" in line and "this machine has 1 GPUs" in line and "set run.device=cpu" in line
 
@@ -346,8 +347,8 @@ def test_missing_data_files(violations: Check, tmp_path: Path) -> None:
 def test_deepspeed_needs_no_megatron_and_trains_dense_models(
     violations: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = preflight._version
-    monkeypatch.setattr(preflight, "_version", lambda name: None if name == "megatron-core" else version(name))
+    version = packages.version
+    monkeypatch.setattr(packages, "version", lambda name: None if name == "megatron-core" else version(name))
     assert only(violations()) == "not installed: megatron-core; install a lock file of docker/"
     assert violations({"parallel.backend": "deepspeed"}) == []
     moe = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe")
@@ -358,8 +359,9 @@ def test_deepspeed_needs_no_megatron_and_trains_dense_models(
 
 def test_transformer_engine_is_wanted_by_what_takes_it(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    version = preflight._version
-    monkeypatch.setattr(preflight, "_version", lambda name: None if name == preflight.TE else version(name))
+    monkeypatch.setattr(packages, "capability", lambda: (9, 0))
+    version = packages.version
+    monkeypatch.setattr(packages, "version", lambda name: None if name == packages.TE else version(name))
     cuda = {"run.device": "cuda", "parallel.devices_per_node": 4}
     line = only(violations(cuda))
     assert line.startswith("model.layers = auto takes Transformer Engine on cuda, which is not installed here")
@@ -369,8 +371,13 @@ def test_transformer_engine_is_wanted_by_what_takes_it(violations: Check, monkey
     for other in ({"model.layers": "local"}, {"parallel.backend": "deepspeed"}, {"train.rollout_only": True}):
         assert violations(cuda | other) == []
     assert violations() == []
-    monkeypatch.setattr(preflight, "_version", lambda name: "2.20.2" if name == preflight.TE else version(name))
+    monkeypatch.setattr(packages, "version", lambda name: "2.20.2" if name == packages.TE else version(name))
     assert violations(cuda) == []
+    for capability, needed in (((8, 0), True), ((9, 0), False)):
+        monkeypatch.setattr(packages, "capability", lambda capability=capability: capability)
+        lines = violations(cuda)
+        assert len(lines) == needed and all("this GPU has 8.0: it takes flash-attn there" in line for line in lines)
+        assert violations(cuda | {"model.layers": "local"}) == []
 
 
 def test_unknown_method(violations: Check) -> None:

@@ -19,7 +19,7 @@ from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
 from dcpo_openrlhf.policy.megatron.mesh import close_mesh
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from dcpo_openrlhf.policy.token_stats import token_stats
-from dcpo_openrlhf.recipe import preflight
+from dcpo_openrlhf.recipe import packages
 from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
@@ -91,7 +91,7 @@ def _weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def layers_here() -> list[str]:
-    return ["local", *["transformer_engine"] * (preflight._version(preflight.TE) is not None)]
+    return ["local", *["transformer_engine"] * (packages.version(packages.TE) is not None)]
 
 
 @pytest.fixture(scope="module")
