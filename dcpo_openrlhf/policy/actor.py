@@ -156,7 +156,6 @@ class PolicyActor(BaseModelActor):
 
     def save_checkpoint(self, folder: str) -> None:
         """Copy this rank's state; a thread writes it to the folder."""
-        self.onload()  # a signal can arrive while a colocated engine generates
         self.checkpoint.save(Path(folder))
 
     def finish_checkpoint(self) -> "dict[str, FileSum]":

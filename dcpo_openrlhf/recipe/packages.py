@@ -58,7 +58,7 @@ def violations(recipe: Recipe) -> Iterator[str]:
 
 def capability() -> tuple[int, int] | None:
     """Compute capability of this machine's first GPU; None without one."""
-    return torch.cuda.get_devicecapability() if torch.cuda.is_available() else None
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _needed(recipe: Recipe) -> list[str]:

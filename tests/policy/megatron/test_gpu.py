@@ -177,11 +177,15 @@ def _away_and_back(device: str, path: Path) -> Any:
 
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
-    offload, held = Offload(trainer), []
-    for move in (lambda: None, offload.away, offload.back):
+    offload, held, taken = Offload(trainer), [], []
+    for move in (lambda: None, offload.away, offload.back, offload.away, offload.back):
         move()
         gc.collect()
         held.append(torch.cuda.memory_allocated())
+        hosts = [host for _, host in offload._host if not isinstance(host, int)]
+        taken += [{host.data_ptr() for host in hosts}] if hosts else []
+        assert all(torch.empty(0, dtype=torch.uint8).set_(host).is_pinned() for host in hosts)
+    assert taken[0] == taken[1], "host memory is taken once"
     moved = trainer.update(random_rows(seed=1)), _weights(trainer)
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
@@ -191,8 +195,8 @@ def _away_and_back(device: str, path: Path) -> Any:
 
 def test_policy_in_host_memory_leaves_the_device_and_comes_back_the_same(models: dict[str, Path]) -> None:
     parameters, held, (metrics, weights), (stayed, same) = in_process("cuda", _away_and_back, models["llama"])
-    before, away, back = held
-    assert back == before
+    before, away, back = held[:3]
+    assert back == before and held[3:] == [away, back]
     assert before - away >= 18 * parameters, "bf16 weights, fp32 gradients, fp32 weights and two moments"
     assert metrics == stayed
     assert all(torch.equal(same[key], value) for key, value in weights.items())
