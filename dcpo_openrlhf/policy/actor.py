@@ -1,7 +1,6 @@
 """The policy as Ray actors: OpenRLHF's BaseModelActor around a trainer; the group deals rows to data ranks."""
 
 import contextlib
-import logging
 import math
 import os
 import time
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
     from dcpo_openrlhf.policy.megatron.memory import Offload
     from dcpo_openrlhf.policy.megatron.step import PolicyStep
-
-logger = logging.getLogger(__name__)
 
 
 class PolicyActor(BaseModelActor):
@@ -335,36 +332,24 @@ class PolicyActorGroup(RayActorGroup):
     data_ranks: list[int]
     """Data-parallel rank of each actor; set by `finish_init`."""
 
-    def __init__(
-        self, *args: Any, timeout_s: float | None = None, tensor: int = 1, on_gpus: bool = False, **kwargs: Any
-    ) -> None:
-        """OpenRLHF's arguments; the seconds until the ranks must have devices and processes (None: no bound), how many
-        of them in a row must share a node, and whether devices are GPUs, whose order on a node counts then.
-        """
-        self._timeout_s, self._tensor, self._on_gpus = timeout_s, tensor, on_gpus
+    def __init__(self, *args: Any, timeout_s: float | None = None, bundles: Any = None, **kwargs: Any) -> None:
+        """OpenRLHF's arguments; seconds until the ranks must have devices and processes; each rank's bundle of `pg`."""
+        self._timeout_s, self._bundles = timeout_s, bundles
         super().__init__(*args, **kwargs)
 
     def _initiate_actors(self, pg: Any, num_gpus_per_actor: float) -> None:
-        """As OpenRLHF's, which waits for devices and for rank 0 without an end and lets Ray say which rank is where.
-
-        Here ranks of one node follow each other, in the order of its devices. Raises StartupError.
-        """
+        """As OpenRLHF's, which waits for devices and for rank 0 without an end. Raises StartupError."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        from dcpo_openrlhf.rollout.devices import device_group, places, require_whole, told
+        from dcpo_openrlhf.rollout.devices import device_group
 
         nodes, each = self._num_nodes, self._num_gpus_per_node
         size, begin = nodes * each, time.monotonic()
         self.devices = pg or device_group(size, self._timeout_s, what=f"training, {nodes} nodes * {each}")
-        found = places(self.devices, self._timeout_s, ask_devices=self._on_gpus)
-        require_whole(found, size=self._tensor, each=each)
-        if nodes > 1:
-            logger.info("policy ranks, in their order: %s", told(found))
+        bundle = self._bundles or range(size)
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
-            place = PlacementGroupSchedulingStrategy(
-                placement_group=self.devices, placement_group_bundle_index=found[rank].bundle
-            )
+            place = PlacementGroupSchedulingStrategy(self.devices, bundle[rank])
             share = {"num_cpus": num_gpus_per_actor, "num_gpus": num_gpus_per_actor}
             actor: Any = self.ray_actor_type
             return actor.options(**share, scheduling_strategy=place).remote(size, rank, address, port)

@@ -12,6 +12,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dcpo_openrlhf.local_ray import StartupError
+from dcpo_openrlhf.recipe.schema import Parallel
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -94,6 +95,18 @@ def _ask(group: "PlacementGroup", bundle: int) -> "ray.ObjectRef":
 @ray.remote
 def _device() -> str:
     return ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
+
+
+def rank_bundles(group: "PlacementGroup", parallel: Parallel, timeout_s: float, *, on_gpus: bool) -> list[int]:
+    """The bundle of each policy rank: those of one node follow each other, in the order of its GPUs.
+
+    Raises StartupError as `places` and `require_whole`.
+    """
+    found = places(group, timeout_s, ask_devices=on_gpus)
+    require_whole(found, size=parallel.tensor, each=parallel.devices_per_node)
+    if parallel.nodes > 1:
+        logger.info("policy ranks, in their order: %s", told(found))
+    return [place.bundle for place in found]
 
 
 def require_whole(found: Sequence[Place], *, size: int, each: int) -> None:
