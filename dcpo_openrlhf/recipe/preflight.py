@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.methods import METHODS
-from dcpo_openrlhf.recipe import families, memory, model_config, packages, processor, resume, weights
+from dcpo_openrlhf.recipe import families, memory, model_config, moving, packages, processor, resume, weights
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
 IMPORT_LIMIT_S = 300.0
@@ -60,7 +60,8 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
 def plan(recipe: Recipe, lacking: list[str]) -> str:
     """Devices, memory, packages and what this machine lacks, as YAML comments: --dry-run prints it after the recipe."""
     hf = json.loads(_config_file(recipe, dry_run=True).read_text())
-    lines = [memory.report(memory.Sizes.of(hf), recipe), packages.report(recipe)]
+    sizes = memory.Sizes.of(hf)
+    lines = [memory.report(sizes, recipe), *moving.report(sizes, recipe), packages.report(recipe)]
     lines += [f"note: {text}" for text in hints(recipe)]
     lines += [f"a run on this machine would be refused: {text}" for text in lacking]
     return "\n".join(f"# {line}" for line in "\n".join(lines).splitlines())
@@ -198,6 +199,7 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
     yield from (*model_config.features(hf, config), *divided, *model_config.context(recipe, hf))
     if not divided:  # a mesh that does not fit the model has no memory to speak of
         yield from memory.violations(memory.Sizes.of(hf), recipe)
+        yield from moving.violations(memory.Sizes.of(hf), recipe)
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:
