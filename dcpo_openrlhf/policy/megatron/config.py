@@ -28,10 +28,13 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     for wrong in not_implemented(values, "config.json"):
         raise ValueError(wrong)
     rope = hf.rope_parameters if rope_type(hf) == "yarn" else {}
+    transformer_engine = device == "cuda" and model.layers != "local"
     dtype, on_gpu, interleaved = DTYPES[model.dtype], device == "cuda", parallel.virtual_pipeline > 1
     sizes = Sizes.of(values)
     config = TransformerConfig(
         **_sizes(hf, sizes),
+        # one kernel for the experts of a layer, where the local layers loop over them
+        moe_grouped_gemm=transformer_engine and sizes.experts > 0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,

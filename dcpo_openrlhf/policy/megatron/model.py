@@ -276,7 +276,9 @@ def _layer(sizes: Sizes, config: TransformerConfig, experts: int | None, te: boo
         "qk_layernorm": bool(config.qk_layernorm),
     }
     if te:
-        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=False, **options)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            moe_grouped_gemm=config.moe_grouped_gemm and experts is not None, **options
+        )
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     parts: Any = spec.submodules

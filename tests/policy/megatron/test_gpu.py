@@ -154,6 +154,47 @@ def test_fused_rotary_embedding_gives_the_same_numbers(models: dict[str, Path], 
     assert fused[1] == pytest.approx(own[1], rel=1e-4, abs=1e-6)
 
 
+def _grouped_and_looped(device: str, path: Path, folder: Path) -> Any:
+    """Statistics, update and weights with one multiply for all experts and with a loop over them, and a checkpoint of
+    the first as the second loads it.
+    """
+    from dcpo_openrlhf.policy.megatron import model
+
+    found, made = [], model.transformer_config
+    for grouped in (True, False):
+
+        def config(*arguments: Any, grouped: bool = grouped, **options: Any) -> Any:
+            configured = made(*arguments, **options)
+            configured.moe_grouped_gemm = grouped
+            return configured
+
+        with mock.patch.object(model, "transformer_config", config):
+            trainer = make(device, path, layers="transformer_engine", dtype="bf16")
+        assert any("experts.linear_fc1.weight0" in n for n, _ in trainer.policy.chunks[0].named_parameters()) == grouped
+        read = _weights(trainer)
+        statistics = trainer.token_statistics(random_rows(), temperatures=TEMPERATURES)
+        found.append((read, statistics, trainer.update(random_rows()), _weights(trainer)))
+        checkpoint = PolicyCheckpoint(trainer)
+        if grouped:
+            checkpoint.save(folder)
+            checkpoint.finish()
+        else:
+            checkpoint.load(folder)
+            found.append((_weights(trainer),))
+    return found
+
+
+def test_grouped_experts_are_the_looped_ones(models: dict[str, Path], tmp_path: Path) -> None:
+    if "transformer_engine" not in layers_here():
+        pytest.skip("needs Transformer Engine")
+    grouped, looped, (loaded,) = in_process("cuda", _grouped_and_looped, models["qwen3_moe"], tmp_path)
+    assert all(torch.equal(grouped[0][key], value) for key, value in looped[0].items()), "the names' table, both ways"
+    for key, value in looped[1].items():
+        assert (grouped[1][key] - value).abs().mean() < BF16_MEAN, key
+    assert grouped[2]["policy/grad_norm"] == pytest.approx(looped[2]["policy/grad_norm"], rel=BF16_NORM)
+    assert all(torch.equal(loaded[key], value) for key, value in grouped[3].items())
+
+
 def _saved_and_resumed(device: str, path: Path, folder: Path) -> Any:
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
