@@ -33,6 +33,7 @@ RECIPES = {
     device: ROOT / "recipes" / f"dcpo-smollm2-135m-{name}.yaml" for device, name in (("cuda", "1gpu"), ("cpu", "cpu"))
 }
 BRIEF = ["evaluation.problems=0", "checkpoint.every=0", "checkpoint.export_hf=false", "monitor.tensorboard=false"]
+GPU_TESTS = ("tests/policy/megatron/test_gpu.py", "tests/weight_sync/test_gpu.py")
 LEAST_S = 20.0
 """A section with less time than this is left for the next call."""
 Result = dict[str, Any]
@@ -103,7 +104,7 @@ def machine(check: Check) -> Result:
 
 def tests(check: Check) -> Result:
     """The tests marked gpu."""
-    command = ["pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/policy/megatron/test_gpu.py"]
+    command = ["pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS]
     status, said = check.run("tests", *command)
     counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error)", said.splitlines()[-1])}
     failed = re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", said, flags=re.M)
