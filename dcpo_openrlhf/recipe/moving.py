@@ -10,8 +10,8 @@ from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.memory import BYTES, GIB, RESERVE, TrainerMemory, engine_memory, stage_memory
 from dcpo_openrlhf.recipe.schema import Recipe
 
-SYNC_BUFFER = 2**30
-"""vLLM packs tensors into chunks of about this many bytes on cuda, over nccl into two slots in turn."""
+SYNC_BUFFER = 2**28
+"""Bytes of a message on cuda (weight_sync/device.py); over nccl vLLM has two under way."""
 
 
 class SyncMemory(NamedTuple):

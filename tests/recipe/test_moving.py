@@ -1,4 +1,4 @@
-"""What moving weights takes: sums by hand, and vLLM's own constants."""
+"""What moving weights takes: sums by hand, and the sync's own constants."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import GIB, RESERVE
 from dcpo_openrlhf.recipe.schema import Recipe
+from dcpo_openrlhf.weight_sync import device
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes.of(json.loads((ROOT / "tests" / "model_configs" / "Qwen2.5-7B.json").read_text()))
@@ -22,8 +23,8 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes" / "dcpo-qwen2.5-math-7b-8xa800.yaml", list(overrides))
 
 
-def test_chunks_are_vllms() -> None:
-    assert packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES == moving.SYNC_BUFFER
+def test_messages_are_those_of_the_sync() -> None:
+    assert device.BUFFER_BYTES == moving.SYNC_BUFFER
     assert packed_tensor.DEFAULT_PACKED_NUM_BUFFERS == 2
 
 
@@ -32,7 +33,7 @@ def test_sync_over_nccl_by_hand() -> None:
     largest = 2 * 152064 * 3584  # the embedding in bf16
     assert need.policy == pytest.approx((2 + 4 + 12 / 2) * RANK, rel=0.01)
     assert need.engine == 0
-    assert need.buffers == 3 * 2**30 + 3 * largest
+    assert need.buffers == 3 * 2**28 + 3 * largest
     assert need.total < 80 * GIB and not list(moving.violations(SIZES, recipe()))
 
 
@@ -40,7 +41,7 @@ def test_colocated_engine_stands_beside_the_policy_in_a_sync() -> None:
     colocated = recipe("parallel.colocate=true", "rollout.engines=4")
     need = moving.sync_memory(SIZES, colocated)
     assert need.engine == pytest.approx(2 * SIZES.parameters + RESERVE["cuda"])
-    assert need.buffers == 2 * 2**30 + 3 * 2 * 152064 * 3584
+    assert need.buffers == 2 * 2**28 + 3 * 2 * 152064 * 3584
     (line,) = moving.violations(
         SIZES, recipe("parallel.colocate=true", "rollout.engines=4", "parallel.device_memory_gb=60")
     )
@@ -54,7 +55,7 @@ def test_experts_of_all_ranks_are_gathered_together() -> None:
         Sizes.of(json.loads((ROOT / "tests/model_configs/Qwen3-235B-A22B.json").read_text())),
     )
     largest, experts = 2 * 151936 * 4096, 2 * 2 * 4096 * 1536 * mixture.parallel.expert
-    assert moving.sync_memory(sizes, mixture).buffers == 3 * 2**30 + 2 * largest + max(largest, experts)
+    assert moving.sync_memory(sizes, mixture).buffers == 3 * 2**28 + 2 * largest + max(largest, experts)
 
 
 def test_host_memory_by_hand() -> None:
