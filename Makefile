@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo test check bench lock clean
+.PHONY: help setup setup-gpu gpu-check demo test check bench lock clean
 
 PYTHON ?=
 ARGS ?=
@@ -71,6 +71,10 @@ setup-gpu:
 	NVTE_FRAMEWORK=pytorch CPATH="$$PWD/.venv/lib/python3.12/site-packages/nvidia/cudnn/include:$$PWD/.venv/lib/python3.12/site-packages/nvidia/nccl/include" \
 	  $(UV_INSTALL) --no-build-isolation -r $(GPU_LOCK)
 	$(UV_INSTALL) --no-build-isolation --editable .
+
+# On the machine that setup-gpu ran on; nine minutes, goes on where an earlier call ended.
+gpu-check:
+	$(RUN_ENV) $(BIN)/python -m tools.gpu_check $(ARGS)
 
 demo: setup
 	$(RUN_ENV) $(BIN)/python -m tools.demo $(ARGS)

@@ -15,10 +15,10 @@ from torch import Tensor
 from dcpo_openrlhf import methods, objectives
 from dcpo_openrlhf.controller import ControllerDecision, EntropyController
 from dcpo_openrlhf.divergences import correction_weight, kl_estimate
-from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+from dcpo_openrlhf.openrlhf_seam import make_importable
 from dcpo_openrlhf.rollout.checks import require_possible_statistics
 
-install_flash_attn_stub()
+make_importable()
 
 from openrlhf.trainer.ppo_utils.experience import Experience, tensor_field  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402

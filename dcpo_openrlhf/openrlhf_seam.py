@@ -1,20 +1,41 @@
 """Where the Recipe meets OpenRLHF: its Namespace of arguments and the strategy object that its classes ask for."""
 
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
 from argparse import Namespace
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from dcpo_openrlhf.recipe.schema import Recipe
 
 
-def install_flash_attn_stub() -> None:
-    """Make `import openrlhf` work where flash-attn is not installed.
+def make_importable() -> None:
+    """Make `import openrlhf` work where flash-attn is not installed, and where no GPU is."""
+    _stub_flash_attn()
+    _import_peft()
 
-    openrlhf.models.ring_attn_utils imports five names of it at the top; they serve ring attention, which this recipe
-    never calls (Megatron does context parallelism).
+
+def _import_peft() -> None:
+    """Import peft, which openrlhf does, without Transformer Engine: that wants libcuda, and a Ray head may have none.
+
+    peft asks for it to know its layers, of which no model here is made; who imports it later finds it.
+    """
+    name = "transformer_engine"
+    if "peft" in sys.modules or name in sys.modules:
+        return
+    sys.modules[name] = cast(ModuleType, None)  # how Python says that there is no such module
+    try:
+        importlib.import_module("peft")
+    finally:
+        del sys.modules[name]
+
+
+def _stub_flash_attn() -> None:
+    """What openrlhf.models.ring_attn_utils imports of flash-attn at the top.
+
+    It serves ring attention, which this recipe never calls (Megatron does context parallelism).
     """
     if "flash_attn" in sys.modules or importlib.util.find_spec("flash_attn") is not None:
         return

@@ -314,17 +314,26 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     import ray
 
     from dcpo_openrlhf.policy.actor import ACTORS, PolicyActorGroup
-    from dcpo_openrlhf.rollout.pool import COLOCATED_SHARE, device_group, shutdown_engines, sleep, wait_until_ready
+    from dcpo_openrlhf.rollout.devices import device_group, rank_bundles
+    from dcpo_openrlhf.rollout.pool import COLOCATED_SHARE, shutdown_engines, sleep, wait_until_ready
 
     p, begin, bound = recipe.parallel, time.monotonic(), recipe.run.startup_timeout
-    shared = device_group(p.world_size, bound, what="training and engines") if p.colocate else None
+    trains = not recipe.train.rollout_only
+    # before the engines', so that these take what whole nodes leave
+    what = "training and engines" if p.colocate else f"training, {p.nodes} nodes * {p.devices_per_node}"
+    devices = bundles = None
+    if trains:
+        devices = device_group(p.world_size, bound, what=what)
+        bundles = rank_bundles(devices, p, bound, on_gpus=recipe.run.device == "cuda")
+    shared = devices if p.colocate else None
     engines = _create_engines(recipe, shared) if recipe.generates else []
     stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
     group = None
-    if not recipe.train.rollout_only:
+    if trains:
         share: Any = COLOCATED_SHARE if shared else 1  # annotated int by OpenRLHF, which itself passes fractions
         actor: Any = ACTORS[p.backend]
-        group = PolicyActorGroup(p.nodes, p.devices_per_node, actor, cast(Any, shared), share, timeout_s=bound)
+        options: Any = {"timeout_s": bound, "bundles": bundles}
+        group = PolicyActorGroup(p.nodes, p.devices_per_node, actor, cast(Any, devices), share, **options)
         stack.callback(_kill, group)
     ranks = p.world_size if group else 0
     logger.info("starting %d rollout engines and %d policy ranks", len(engines), ranks)

@@ -1,10 +1,9 @@
 """The loop, as the algorithm reads: rollout, reward, forward of pi_old, controller, update, weight sync, metrics."""
 
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dcpo_openrlhf import signals
 from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
+from dcpo_openrlhf.colocation import Colocation
 from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
 from dcpo_openrlhf.grading import failures, grade_samples, keep_samples, mean_logs
 from dcpo_openrlhf.monitor.causes import MonitorStop
@@ -55,6 +55,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.experience_maker = DCPOExperienceMaker(
             actor_group, None, None, None, self.kl_ctl, strategy, tokenizer, controller=self.controller
         )
+        self.devices = Colocation(actor_group, engines, shared=recipe.parallel.colocate)
         self.experience_maker.resample = self.tempered_rollout
         self.generator = make_generator(strategy, engines, tokenizer)
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
@@ -177,6 +178,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.experience_maker.stop_forward()
         self.checkpoints.finish()
         if self.settled is not None and self.settled[0]["step"] > self.checkpoints.saved_step:
+            self.devices.policy_back()
             self.checkpoints.begin(*self.settled)
             self.checkpoints.finish()
 
@@ -241,23 +243,8 @@ class DCPOTrainer(BasePPOTrainer):
         self.weights_version += 1
         if not self.vllm_engines:
             return
-        with self.engines_awake(["weights"], policy_away=False):
+        with self.devices.engines_awake(["weights"], policy_away=False):
             self.vllm_engines.sync(self.actor_model_group, self.weights_version)
-
-    @contextlib.contextmanager
-    def engines_awake(self, parts: list[str] | None = None, *, policy_away: bool) -> Iterator[None]:
-        """Colocated engines take the devices for this block (None: wholly); others have devices of their own."""
-        if not self.recipe.parallel.colocate:
-            yield
-            return
-        group, engines = self.actor_model_group, self.vllm_engines
-        if policy_away:
-            ray.get(group.async_run_method("offload"))
-        ray.get([engine.wake_up.remote(tags=parts) for engine in engines])
-        yield
-        ray.get([engine.sleep.remote() for engine in engines])
-        if policy_away:
-            ray.get(group.async_run_method("onload"))
 
     def record(self, step: int, experiences: list[DCPOExperience], status: dict[str, float]) -> dict[str, float]:
         """Write the step's metrics and the progress line; returns the metrics."""
@@ -357,7 +344,7 @@ class DCPOTrainer(BasePPOTrainer):
 
     def _generate(self, prompts: Sequence[tasks.Prompt], **sampling: Any) -> list[Any]:
         r = self.recipe.rollout
-        with self.engines_awake(policy_away=True):
+        with self.devices.engines_awake(policy_away=True):
             return self.generator.generate(
                 [p.text for p in prompts],
                 [p.problem.answer for p in prompts],

@@ -140,6 +140,7 @@ def test_slurm_script_and_ci_are_clean() -> None:
     assert unknown_ray_options(starts) == set()
 
 
+RECIPE = "recipes/dcpo-qwen3-4b-8xa800.yaml"
 # Stand for Slurm and Ray: each call is a line of $CALLS. A job runs until it is stopped where $ENDLESS is set.
 FAKES = {
     "scontrol": "printf 'one\\ntwo\\nthree\\n'",
@@ -154,7 +155,7 @@ FAKES = {
             while [[ -n ${ENDLESS:-} && ! -e $CALLS.stop ]]; do sleep 0.2; done; exit 7;;
         "job stop") echo "stop $*" >> "$CALLS"; touch "$CALLS.stop";;
         esac""",
-    "python": "exit 0",
+    "python": f'exec {sys.executable} "$@"',
 }
 
 
@@ -168,7 +169,7 @@ def start_slurm_script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Pope
     (tmp_path / "calls").touch()
     slurm = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_JOB_ID": "12345", "SLURM_GPUS_ON_NODE": "8"}
     mine = {"PATH": f"{folder}:{os.environ['PATH']}", "VENV": str(tmp_path), "CALLS": str(tmp_path / "calls")}
-    command = ["bash", str(DOCKER / "slurm.sbatch"), "recipes/r.yaml", "train.steps=5"]
+    command = ["bash", str(DOCKER / "slurm.sbatch"), RECIPE, "train.steps=5"]
     started = []
 
     def start(**environment: str) -> subprocess.Popen:
@@ -192,7 +193,10 @@ def test_slurm_script_starts_head_then_workers_then_the_job(
     assert "--nodes=2" in workers and "--exclude=one" in workers and "--address=10.0.0.1:23450" in workers
     assert "token=64" in submit and "--address http://10.0.0.1:23451" in submit
     assert " -m tools.supervise -- " in submit
-    assert submit.endswith("-m dcpo_openrlhf.train_dcpo --recipe recipes/r.yaml train.steps=5")
+    command = submit.partition(f"--recipe {RECIPE} ")[2].split()
+    assert command[:2] == ["checkpoint.resume=auto", "train.steps=5"]
+    assert {f"model.path={ROOT}/models/Qwen3-4B", f"task.train={ROOT}/data/dapo17k.jsonl"} <= set(command[2:])
+    assert all(Path(path.partition("=")[2]).is_absolute() for path in command[2:])
 
 
 def test_slurm_warning_stops_the_job_and_waits_for_it(

@@ -28,7 +28,7 @@ LEVELS = (
     ("weight_sync",),
     ("openrlhf_seam",),
     ("recipe",),
-    ("checkpoint", "signals", "local_ray"),
+    ("checkpoint", "colocation", "signals", "local_ray"),
     ("errors",),
     ("methods", "divergences"),
     ("objectives", "controller"),

@@ -3,9 +3,10 @@
 A host is a network, mount, process, host-name and IPC namespace: its own address, /tmp, /dev/shm, process ids and name.
 Nothing but the network and /mnt, the shared storage, joins them.
 
-Proven: a job submitted from a fourth host that has no Ray, and refused without the token; two data-parallel trainer
-ranks and an engine, each on a host of its own; gradients (gloo), weights (gloo, checksums compared) and checkpoints
-across hosts; a host that falls silent ends the run, and the same command resumes with a host that took its place.
+Proven: a job submitted from a fourth host that has no Ray, and refused without the token; two data-parallel replicas of
+two tensor ranks, which share a host, and an engine, each on a host of its own; gradients (gloo), weights (gloo,
+checksums compared) and checkpoints across hosts; a host that falls silent ends the run, and the same command resumes
+with a host that took its place.
 Not proven: NCCL, InfiniBand, GPUDirect, a real network's latency and losses, clocks that differ, storage that is slow
 to show what another host wrote.
 """
@@ -157,9 +158,10 @@ class Network:
         return status, log.read_text()
 
     def start_ray(self, name: str) -> None:
-        """A Ray node with one logical device; the head is the node named so."""
+        """A Ray node with two logical devices, one for the head, which is the node named so."""
         command = [*RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={self.address(name)}"]
-        command += ["--num-cpus=1", "--num-gpus=1", "--object-store-memory=100000000"]
+        count = 1 if name == "head" else 2
+        command += [f"--num-cpus={count}", f"--num-gpus={count}", "--object-store-memory=100000000"]
         if name == "head":
             command += ["--head", "--port=6379", "--dashboard-host=0.0.0.0", "--dashboard-port=8265"]
         else:
@@ -260,7 +262,7 @@ def write_recipe(shared: Path) -> None:
         method: {{target_entropy: 3.0, alpha_max: 1.0}}
         optimizer: {{learning_rate: 1.0e-3}}
         train: {{steps: 50, prompts_per_step: 4, prompts_per_update: 4, group_size: 4, micro_batch_size: 8}}
-        parallel: {{nodes: 2, devices_per_node: 1}}
+        parallel: {{nodes: 2, devices_per_node: 2, tensor: 2}}
         rollout: {{engines: 1, max_prompt_tokens: 200, max_new_tokens: 16, cpu_kv_cache_gb: 0.1}}
         checkpoint: {{every: 1, asynchronous: false, keep_best: false, resume: auto, export_hf: false}}
         monitor: {{tensorboard: false}}
@@ -289,7 +291,7 @@ def test_hosts_train_together_and_a_lost_one_is_replaced(network: Network) -> No
     network.wait_for_devices(1)
     network.start_ray("second")
     network.start_ray("third")
-    network.wait_for_devices(3)
+    network.wait_for_devices(5)
     wait_until(lambda: network.healthy("second"), network.running["second"], network.folder / "ray-second.log")
     assert not network.healthy("spare"), "no Ray node there yet"
 
@@ -310,10 +312,12 @@ def test_hosts_train_together_and_a_lost_one_is_replaced(network: Network) -> No
     finally:
         first.kill()
     ranks, engine = actors["MegatronActorBase"], actors["RolloutRayActor"]
-    assert len(ranks) == 2 and len(engine) == 1 and len({*ranks, *engine}) == 3, actors
+    assert len(ranks) == 4 and len(engine) == 1 and len({*ranks, *engine}) == 3, actors
+    hosts = sorted(network.address(name) for name in ("second", "third"))
+    assert f"policy ranks, in their order: 2 devices on {hosts[0]}, 2 on {hosts[1]}" in first_log.read_text()
 
     done = int(max((shared / "run" / "checkpoints").glob("step_*")).name.removeprefix("step_"))
-    network.wait_for_devices(3)
+    network.wait_for_devices(5)
     status, output = network.run("client", *submit, *train, f"train.steps={done + 1}")
     assert status == 0, output[-5000:]
     rows = metrics(shared)

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub, openrlhf_args
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, make_importable, openrlhf_args
 from dcpo_openrlhf.recipe.schema import Recipe
+from tests.bounds import HANG_S
 
 # file under openrlhf/trainer: class: methods on our path (None: all of them)
 REUSED: dict[str, dict[str, tuple[str, ...] | None]] = {
@@ -136,10 +138,27 @@ def test_flash_attn_stub_imports_and_refuses_to_compute(monkeypatch: pytest.Monk
     for name in ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"):
         monkeypatch.setitem(sys.modules, name, None)  # restored afterwards
         del sys.modules[name]
-    install_flash_attn_stub()
+    make_importable()
     from flash_attn.bert_padding import pad_input  # type: ignore[import-not-found]
     from flash_attn.utils.distributed import all_gather  # type: ignore[import-not-found]
 
     for function in (pad_input, all_gather):
         with pytest.raises(ImportError, match="flash-attn is not installed"):
             function()
+
+
+def test_driver_starts_where_transformer_engine_finds_no_gpu(tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(
+        "raise OSError('libcuda.so.1: cannot open shared object file')"
+    )
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import dcpo_openrlhf.trainer, dcpo_openrlhf.policy.actor\n"
+        "assert 'openrlhf' in sys.modules\n"
+        "try:\n    import transformer_engine\nexcept OSError:\n    print('found by who wants it')"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
+    assert "found by who wants it" in done.stdout

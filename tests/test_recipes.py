@@ -29,7 +29,7 @@ METHODS_SINCE: dict[str, dict[str, object]] = {
 }
 """Rows from other papers, and what their recipes set beside the method: docs/methods.md says why."""
 MODELS_OF_THE_PAPER = ("qwen2.5-7b", "qwen2.5-math-7b", "qwen3-4b")
-HERE = ("model.path = ", "task.", "the run needs ", "run.dir = ", "not installed: ")
+HERE = ("model.path = ", "task.", "the run needs ", "run.dir = ", "not installed: ", "model.layers = auto takes ")
 """How a line begins that says what this machine lacks."""
 PAPER = {
     # the paper, else its authors' code

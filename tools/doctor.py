@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from dcpo_openrlhf.recipe import preflight, processor, resume
+from dcpo_openrlhf.recipe import packages, preflight, processor, resume
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import GIB
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
@@ -87,7 +87,7 @@ def before_start(recipe: Recipe, report: Report) -> None:
     report.ok("machine", machine())
     found = preflight.violations(recipe)
     if not found["packages"]:
-        report.ok("packages", preflight.packages().removeprefix("packages: "))
+        report.ok("packages", packages.report(recipe).removeprefix("packages: "))
         del found["packages"]
     for name, texts in found.items():
         for text in texts:

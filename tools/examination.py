@@ -196,7 +196,7 @@ class Examination:
         return f"{self.judged(found)}; {change}"
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, max_new_tokens: int, temperature: float) -> list[Any]:
-        with self.trainer.engines_awake(policy_away=True):
+        with self.trainer.devices.engines_awake(policy_away=True):
             return self.trainer.generator.generate(
                 [p.text for p in prompts],
                 [p.problem.answer for p in prompts],

@@ -32,6 +32,7 @@ from dcpo_openrlhf.policy.megatron import names
 from dcpo_openrlhf.rollout.chat import stop_tokens
 
 _LAYERS, _EXPERTS = "decoder.layers.", "mlp.experts.experts."
+_OWN_LAYER = re.compile(re.escape(_LAYERS) + r"(\d+)\.")
 
 
 class ExportError(ValueError):
@@ -109,27 +110,34 @@ def hf_tensors(folder: Path, hf: dict[str, Any]) -> Iterator[tuple[str, Tensor]]
 
 
 def _parameters(tensors: CheckpointTensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(Megatron name with layer and expert, key in the checkpoint, where in that key's tensor): layers lie in one."""
+    """(Megatron name with layer and expert, key in the checkpoint, where in that key's tensor).
+
+    Layers of one kind lie in one tensor; those of a model whose first ones have no experts have keys of their own.
+    """
     outside = [key for key in tensors.sizes if not key.startswith(_LAYERS)]
     inside = [key for key in tensors.sizes if key.startswith(_LAYERS)]
     yield from ((key, key, ()) for key in outside)
-    for layer in range(tensors.sizes[inside[0]][0]):
+    for layer in range(_layer_count(tensors)):
         for key in inside:
-            rest = key.removeprefix(_LAYERS)
+            own = _OWN_LAYER.match(key)
+            if own and int(own[1]) != layer:
+                continue
+            rest, index = (key[own.end() :], ()) if own else (key.removeprefix(_LAYERS), (layer,))
             if not rest.startswith(_EXPERTS):
-                yield f"{_LAYERS}{layer}.{rest}", key, (layer,)
+                yield f"{_LAYERS}{layer}.{rest}", key, index
                 continue
             weight = rest.removeprefix(_EXPERTS)
-            for expert in range(tensors.sizes[key][1]):
-                yield f"{_LAYERS}{layer}.mlp.experts.local_experts.{expert}.{weight}", key, (layer, expert)
+            for expert in range(tensors.sizes[key][len(index)]):
+                yield f"{_LAYERS}{layer}.mlp.experts.local_experts.{expert}.{weight}", key, (*index, expert)
+
+
+def _layer_count(tensors: CheckpointTensors) -> int:
+    inside = [key for key in tensors.sizes if key.startswith(_LAYERS)]
+    own = {int(match[1]) for key in inside if (match := _OWN_LAYER.match(key))}
+    return len(own) if own else tensors.sizes[inside[0]][0]
 
 
 def _shape(tensors: CheckpointTensors, hf: dict[str, Any]) -> names.Shape:
-    if any(re.match(_LAYERS + r"\d", key) for key in tensors.sizes):
-        raise ExportError(
-            "layers saved one by one, as those of a model whose first ones have no experts, are not read here; "
-            "take the hf/ that the run itself writes (checkpoint.export_hf)"
-        )
     heads = hf["num_attention_heads"]
     shape = names.Shape(
         heads=heads,
@@ -138,10 +146,11 @@ def _shape(tensors: CheckpointTensors, hf: dict[str, Any]) -> names.Shape:
         vocab_size=hf["vocab_size"],
         padded_vocab_size=tensors.sizes["embedding.word_embeddings.weight"][0],
     )
-    qkv = tensors.sizes[_LAYERS + "self_attention.linear_qkv.weight"]
-    if (qkv[0], qkv[1]) != (hf["num_hidden_layers"], (shape.heads + 2 * shape.kv_heads) * shape.head_dim):
+    key = next(key for key in tensors.sizes if key.endswith(".self_attention.linear_qkv.weight"))
+    rows, layers = tensors.sizes[key][0 if _OWN_LAYER.match(key) else 1], _layer_count(tensors)
+    if (layers, rows) != (hf["num_hidden_layers"], (shape.heads + 2 * shape.kv_heads) * shape.head_dim):
         raise ExportError(
-            f"the checkpoint has {qkv[0]} layers with {qkv[1]} rows of queries, keys and values, the model's "
+            f"the checkpoint has {layers} layers with {rows} rows of queries, keys and values, the model's "
             f"config.json {hf['num_hidden_layers']} layers, {shape.heads} heads, {shape.kv_heads} key/value heads of "
             f"{shape.head_dim}; name the model that the run started from: --model DIR"
         )

@@ -13,11 +13,11 @@ import ray
 import torch
 
 from dcpo_openrlhf.local_ray import StartupError
-from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, install_flash_attn_stub
+from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, make_importable
 from dcpo_openrlhf.recipe.resume import STOP
 from dcpo_openrlhf.recipe.schema import Recipe
 
-install_flash_attn_stub()
+make_importable()
 
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
@@ -155,7 +155,6 @@ class PolicyActor(BaseModelActor):
 
     def save_checkpoint(self, folder: str) -> None:
         """Copy this rank's state; a thread writes it to the folder."""
-        self.onload()  # a signal can arrive while a colocated engine generates
         self.checkpoint.save(Path(folder))
 
     def finish_checkpoint(self) -> "dict[str, FileSum]":
@@ -335,23 +334,24 @@ class PolicyActorGroup(RayActorGroup):
     data_ranks: list[int]
     """Data-parallel rank of each actor; set by `finish_init`."""
 
-    def __init__(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> None:
-        """OpenRLHF's arguments, and the seconds until the ranks must have devices and processes; None: no bound."""
-        self._timeout_s = timeout_s
+    def __init__(self, *args: Any, timeout_s: float | None = None, bundles: Any = None, **kwargs: Any) -> None:
+        """OpenRLHF's arguments; seconds until the ranks must have devices and processes; each rank's bundle of `pg`."""
+        self._timeout_s, self._bundles = timeout_s, bundles
         super().__init__(*args, **kwargs)
 
     def _initiate_actors(self, pg: Any, num_gpus_per_actor: float) -> None:
         """As OpenRLHF's, which waits for devices and for rank 0 without an end. Raises StartupError."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        from dcpo_openrlhf.rollout.pool import device_group
+        from dcpo_openrlhf.rollout.devices import device_group
 
         nodes, each = self._num_nodes, self._num_gpus_per_node
         size, begin = nodes * each, time.monotonic()
         self.devices = pg or device_group(size, self._timeout_s, what=f"training, {nodes} nodes * {each}")
+        bundle = self._bundles or range(size)
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
-            place = PlacementGroupSchedulingStrategy(placement_group=self.devices, placement_group_bundle_index=rank)
+            place = PlacementGroupSchedulingStrategy(self.devices, bundle[rank])
             share = {"num_cpus": num_gpus_per_actor, "num_gpus": num_gpus_per_actor}
             actor: Any = self.ray_actor_type
             return actor.options(**share, scheduling_strategy=place).remote(size, rank, address, port)

@@ -1,7 +1,6 @@
 """Before anything starts: every violation that recipe, model folder and machine show, all at once, with its remedy."""
 
 import difflib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -15,19 +14,9 @@ from typing import Any
 import torch
 
 from dcpo_openrlhf.methods import METHODS
-from dcpo_openrlhf.recipe import families, memory, model_config, processor, resume, weights
+from dcpo_openrlhf.recipe import families, memory, model_config, moving, packages, processor, resume, weights
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
-TESTED = {
-    "torch": "2.13.0",
-    "deepspeed": "0.19.6",
-    "megatron-core": "0.19.2",
-    "openrlhf": "0.11.2",
-    "ray": "2.55.0",
-    "transformers": "5.15.0",
-    "vllm": "0.29.0",
-}
-"""Versions that pyproject.toml pins, or OpenRLHF (deepspeed)."""
 IMPORT_LIMIT_S = 300.0
 """For one reward function; torch alone takes seconds, much longer where all cores are busy."""
 LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
@@ -53,6 +42,7 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
     """Each check's name -> what it found, with the remedy; method, model and reward are errors of a dry run too."""
     machine = {
         "weights": _weights,
+        "paths": _paths,
         "run folder": _run_folder,
         "resume": _resume,
         "replay": _replay,
@@ -61,7 +51,7 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
         "ports": _ports,
         "cluster": _cluster,
         "devices": _devices,
-        "packages": _packages,
+        "packages": packages.violations,
     }
     found = {"method": list(_method(recipe)), "model": list(_model(recipe, dry_run)), "reward": list(_reward(recipe))}
     return found | {name: list(part(recipe)) for name, part in machine.items()}
@@ -70,19 +60,11 @@ def violations(recipe: Recipe, *, dry_run: bool = False) -> dict[str, list[str]]
 def plan(recipe: Recipe, lacking: list[str]) -> str:
     """Devices, memory, packages and what this machine lacks, as YAML comments: --dry-run prints it after the recipe."""
     hf = json.loads(_config_file(recipe, dry_run=True).read_text())
-    lines = [memory.report(memory.Sizes.of(hf), recipe), packages()]
+    sizes = memory.Sizes.of(hf)
+    lines = [memory.report(sizes, recipe), *moving.report(sizes, recipe), packages.report(recipe)]
     lines += [f"note: {text}" for text in hints(recipe)]
     lines += [f"a run on this machine would be refused: {text}" for text in lacking]
     return "\n".join(f"# {line}" for line in "\n".join(lines).splitlines())
-
-
-def packages() -> str:
-    """Versions found of the packages that a run stands on, beside those it was tested with where they differ."""
-    found = {name: _version(name) for name in TESTED}
-    return "packages: " + ", ".join(
-        f"{name} {version or 'missing'}" + ("" if _same(version, TESTED[name]) else f" (tested with {TESTED[name]})")
-        for name, version in found.items()
-    )
 
 
 def hints(recipe: Recipe) -> list[str]:
@@ -217,6 +199,7 @@ def _model(recipe: Recipe, dry_run: bool) -> Iterator[str]:
     yield from (*model_config.features(hf, config), *divided, *model_config.context(recipe, hf))
     if not divided:  # a mesh that does not fit the model has no memory to speak of
         yield from memory.violations(memory.Sizes.of(hf), recipe)
+        yield from moving.violations(memory.Sizes.of(hf), recipe)
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:
@@ -264,24 +247,16 @@ def _file_system(path: Path) -> str:
     return best[1]
 
 
-def _packages(recipe: Recipe) -> Iterator[str]:
-    needless = ("megatron-core",) if recipe.parallel.backend == "deepspeed" else ()
-    missing = [name for name in TESTED if name not in needless and _version(name) is None]
-    if missing:
-        yield f"not installed: {', '.join(missing)}; install a lock file of docker/"
-
-
-def _version(name: str) -> str | None:
-    for candidate in (name, f"{name}-cpu"):
-        try:
-            return importlib.metadata.version(candidate)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _same(found: str | None, tested: str) -> bool:
-    return found is not None and found.partition("+")[0] == tested
+def _paths(recipe: Recipe) -> Iterator[str]:
+    if "working_dir_files" not in Path.cwd().parts:  # where Ray unpacks a job's --working-dir, on each node anew
+        return
+    paths = {key: value for key, value in recipe.settings.items() if isinstance(value, Path) and key != "model.config"}
+    relative = [f"{key} = {value}" for key, value in paths.items() if not value.is_absolute()]
+    if relative:
+        yield (
+            f"{', '.join(relative)} must be absolute: a job's working directory is a copy that ends with it, "
+            "on every node another; add what `python -m tools.paths --recipe FILE` prints where the job is submitted"
+        )
 
 
 def _run_folder(recipe: Recipe) -> Iterator[str]:

@@ -199,6 +199,16 @@ def _device_rules(r: "Recipe") -> list[tuple[bool, str]]:
             f"weight_sync.transport = {r.transport} needs run.device = cuda; use gloo or shared_memory on cpu",
         ),
         (
+            r.transport != "ipc" or p.colocate,
+            "weight_sync.transport = ipc hands tensors over within a device, and without parallel.colocate the engines "
+            "have devices of their own; use nccl, or set colocate",
+        ),
+        (
+            r.transport != "nccl" or not p.colocate,
+            "weight_sync.transport = nccl joins processes on devices of their own, and with parallel.colocate a policy "
+            "rank and an engine share one; use ipc, or unset colocate",
+        ),
+        (
             r.transport != "shared_memory" or p.nodes == 1,
             f"weight_sync.transport = shared_memory needs one node, got parallel.nodes = {p.nodes}; use gloo",
         ),

@@ -45,7 +45,7 @@ class Model(Section):
     """Working weights. bf16 keeps fp32 main weights in the optimizer. auto: bf16 on cuda and on a CPU that multiplies
     it natively (AVX512-BF16, AMX), else fp32; a resumed run keeps its checkpoint's."""
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Layer implementation of megatron; auto takes Transformer Engine on cuda where it is installed."""
+    """Layer implementation of megatron; auto: Transformer Engine on cuda, where it must be installed, local on cpu."""
     vocab_multiple: Positive = 128
     """The vocabulary is padded to a multiple of this times the tensor parallel size; padded rows are masked."""
     trust_remote_code: bool = False

@@ -14,9 +14,9 @@ import psutil
 import ray
 from jaxtyping import Float32, Int32
 
-from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+from dcpo_openrlhf.openrlhf_seam import make_importable
 
-install_flash_attn_stub()
+make_importable()
 
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor  # noqa: E402
 from vllm import SamplingParams  # noqa: E402

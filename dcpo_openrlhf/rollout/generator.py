@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 
-from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+from dcpo_openrlhf.openrlhf_seam import make_importable
 from dcpo_openrlhf.rollout.engine import Response, require_room
 from dcpo_openrlhf.rollout.healing import EnginePool
 
-install_flash_attn_stub()
+make_importable()
 
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _collect_prompt_batch  # noqa: E402

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group as make_placement_group
-from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.local_ray import StartupError
+from dcpo_openrlhf.rollout.devices import POLL_S, device_group, places
 from dcpo_openrlhf.rollout.engine import RolloutEngine
 from dcpo_openrlhf.rollout.healing import EngineError, EnginePool, what_it_did
-
-from openrlhf.trainer.ray.utils import get_bundle_indices  # isort: skip  (engine installs the stub it needs)
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -35,7 +32,6 @@ CPU_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TORCH_COMPILE_D
 COLOCATED_SHARE = 0.2
 # An async actor runs this many calls at a time; more would leave control calls waiting behind prompts.
 MAX_CONCURRENCY = 16384
-POLL_S = 2.0
 ENGINE_KWARGS = {
     "skip_tokenizer_init": True,  # prompts come as tokens, responses leave as tokens
     "worker_extension_cls": WORKER_EXTENSION,
@@ -85,7 +81,9 @@ def create_rollout_engines(
             count * tensor_parallel, timeout_s, what=f"{count} rollout engines * tensor_parallel {tensor_parallel}"
         )
     if bundle_indices is None:
-        bundle_indices = [get_bundle_indices(placement_group, i, tensor_parallel) for i in range(count)]
+        found = places(placement_group, timeout_s, ask_devices=device == "cuda" and tensor_parallel > 1)
+        bundles = [place.bundle for place in found]
+        bundle_indices = [bundles[i * tensor_parallel : (i + 1) * tensor_parallel] for i in range(count)]
     settings = {
         "model": str(model),
         "tensor_parallel_size": tensor_parallel,
@@ -107,12 +105,8 @@ def create_rollout_engines(
         own = {"seed": seed + index} | ({"cpu_share": cpus} if device == "cpu" else {})
         return _start(settings | own, placement_group, bundle_indices[index], COLOCATED_SHARE if colocated else 1.0)
 
-    return EnginePool(
-        [start(index) for index in range(count)],
-        start=start,
-        startup_s=timeout_s,
-        own_group=None if colocated else placement_group,
-    )
+    own = None if colocated else placement_group
+    return EnginePool([start(index) for index in range(count)], start=start, startup_s=timeout_s, own_group=own)
 
 
 def _start(settings: dict[str, Any], group: "PlacementGroup", bundles: Sequence[int], share: float) -> "ActorHandle":
@@ -151,36 +145,6 @@ def _device_kwargs(
         "gpu_memory_utilization": gpu_memory_utilization,
         **({"block_size": block_size} if block_size else {}),
     }
-
-
-def device_group(count: int, timeout_s: float | None, *, what: str) -> "PlacementGroup":
-    """A placement group of `count` devices for `what`, each a Ray GPU and a CPU; None waits for ever.
-
-    Raises StartupError where they are not free in `timeout_s`. A wait is told in the log.
-    """
-    begin = time.monotonic()
-    group = make_placement_group([{"GPU": 1.0, "CPU": 1.0} for _ in range(count)], strategy="PACK")
-    ready = group.ready()
-    first = POLL_S if timeout_s is None else min(POLL_S, timeout_s)
-    if not ray.wait([ready], timeout=first)[0]:
-        logger.info("waiting for %d devices for %s: %s", count, what, _devices_held())
-        left = None if timeout_s is None else max(timeout_s - (time.monotonic() - begin), 0.0)
-        if not ray.wait([ready], timeout=left)[0]:
-            held = _devices_held()
-            remove_placement_group(group)
-            raise StartupError(
-                f"{count} devices for {what} must fit Ray's free GPUs and CPUs, and did not in run.startup_timeout = "
-                f"{timeout_s:g} s: {held}; wait for other jobs to end (ray status), raise run.startup_timeout, lower "
-                "rollout.engines or the mesh, or add nodes"
-            )
-    return group
-
-
-def _devices_held() -> str:
-    total, free = ray.cluster_resources(), ray.available_resources()
-    return "the cluster has " + " and ".join(
-        f"{total.get(kind, 0):g} {kind}s, {free.get(kind, 0):g} of them free" for kind in ("GPU", "CPU")
-    )
 
 
 def wait_until_ready(engines: Sequence["ActorHandle"], timeout_s: float) -> None:

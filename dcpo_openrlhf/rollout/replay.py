@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+from dcpo_openrlhf.openrlhf_seam import make_importable
 
-install_flash_attn_stub()
+make_importable()
 
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 

@@ -102,7 +102,7 @@ class GlooTrainerEngine(BucketTrainerEngine):
 
     def shutdown(self) -> None:
         self._group = self._store = None
-        self.__dict__.pop("room", None)  # the sender alone has one
+        vars(self).pop("room", None)  # the sender alone has one
 
 
 def _group(store: TCPStore, *, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:

@@ -70,7 +70,7 @@ class SharedMemoryTrainerEngine(BucketTrainerEngine):
         return lambda: self.client.wait(loaded)
 
     def shutdown(self) -> None:
-        self.__dict__.pop("room", None)  # the sender alone has one
+        vars(self).pop("room", None)  # the sender alone has one
 
 
 def _map(path: str, nbytes: int) -> UInt8[Tensor, "bytes"]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcpo_openrlhf.recipe import preflight, weights
+from dcpo_openrlhf.recipe import packages, preflight, weights
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.memory import Sizes
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
@@ -267,7 +267,8 @@ def test_colocated_engines_need_no_devices_of_their_own(violations: Check) -> No
 
 def test_not_enough_gpus_on_this_machine(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    line = only(violations({"run.device": "cuda"}))
+    monkeypatch.setattr(packages, "capability", lambda: (9, 0))
+    line = only(violations({"run.device": "cuda", "model.layers": "local"}))
     assert "the run needs 2 devices" in line and "this machine has 1 GPUs" in line and "set run.device=cpu" in line
 
 
@@ -346,14 +347,37 @@ def test_missing_data_files(violations: Check, tmp_path: Path) -> None:
 def test_deepspeed_needs_no_megatron_and_trains_dense_models(
     violations: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = preflight._version
-    monkeypatch.setattr(preflight, "_version", lambda name: None if name == "megatron-core" else version(name))
+    version = packages.version
+    monkeypatch.setattr(packages, "version", lambda name: None if name == "megatron-core" else version(name))
     assert only(violations()) == "not installed: megatron-core; install a lock file of docker/"
     assert violations({"parallel.backend": "deepspeed"}) == []
     moe = make_tiny_model(tmp_path / "moe", architecture="qwen3_moe")
     line = only(violations({"parallel.backend": "deepspeed", "model.path": moe}))
     assert line.startswith("parallel.backend = deepspeed trains dense models only, got model_type = 'qwen3_moe'")
     assert line.endswith("set backend = megatron")
+
+
+def test_transformer_engine_is_wanted_by_what_takes_it(violations: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(packages, "capability", lambda: (9, 0))
+    version = packages.version
+    monkeypatch.setattr(packages, "version", lambda name: None if name == packages.TE else version(name))
+    cuda = {"run.device": "cuda", "parallel.devices_per_node": 4}
+    line = only(violations(cuda))
+    assert line.startswith("model.layers = auto takes Transformer Engine on cuda, which is not installed here")
+    assert "make setup-gpu" in line and "model.layers=local" in line
+    line = only(violations(cuda | {"model.layers": "local", "optimizer.cpu_offload": 0.5}))
+    assert line.startswith("optimizer.cpu_offload = 0.5 takes Transformer Engine")
+    for other in ({"model.layers": "local"}, {"parallel.backend": "deepspeed"}, {"train.rollout_only": True}):
+        assert violations(cuda | other) == []
+    assert violations() == []
+    monkeypatch.setattr(packages, "version", lambda name: "2.20.2" if name == packages.TE else version(name))
+    assert violations(cuda) == []
+    for capability, needed in (((8, 0), True), ((9, 0), False)):
+        monkeypatch.setattr(packages, "capability", lambda capability=capability: capability)
+        lines = violations(cuda)
+        assert len(lines) == needed and all("this GPU has 8.0: it takes flash-attn there" in line for line in lines)
+        assert violations(cuda | {"model.layers": "local"}) == []
 
 
 def test_unknown_method(violations: Check) -> None:
@@ -411,3 +435,16 @@ def test_replay_needs_what_evaluation_and_tempered_rows_ask_for(violations: Chec
 def test_resume_names_what_it_cannot_continue(violations: Check, tmp_path: Path) -> None:
     line = only(violations({"checkpoint.resume": tmp_path / "step_000004"}))
     assert "is not a checkpoint (a folder step_NNNNNN)" in line
+
+
+def test_relative_paths_in_the_copy_that_a_ray_job_runs_in_are_refused(
+    violations: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    assert violations() == []
+    (line,) = violations({"run.dir": Path("runs/a"), "model.config": Path("config.json")})
+    assert "run.dir = runs/a must be absolute" in line and "python -m tools.paths" in line
+    monkeypatch.chdir(tmp_path)
+    assert violations({"run.dir": Path("runs/a")}) == []

@@ -337,6 +337,14 @@ RULES = [
         ["weight_sync.transport = nccl needs run.device = cuda", "use gloo or shared_memory"],
     ),
     (
+        ["weight_sync.transport=ipc"],
+        ["transport = ipc hands tensors over within a device", "use nccl, or set colocate"],
+    ),
+    (
+        ["weight_sync.transport=nccl", "parallel.colocate=true"],
+        ["transport = nccl joins processes on devices of their own", "use ipc, or unset colocate"],
+    ),
+    (
         ["run.device=cpu", "weight_sync.transport=shared_memory", "parallel.nodes=2"],
         ["shared_memory needs one node, got parallel.nodes = 2", "use gloo"],
     ),
@@ -412,7 +420,7 @@ def test_recipe_is_frozen(tmp_path: Path) -> None:
     ("overrides", "transport", "dtype"),
     [
         ([], "nccl", "bfloat16"),
-        (["weight_sync.transport=ipc", "rollout.dtype=float32"], "ipc", "float32"),
+        (["parallel.colocate=true", "rollout.dtype=float32"], "ipc", "float32"),
         (["run.device=cpu", "model.dtype=fp32"], "shared_memory", "float32"),
         (["run.device=cpu", "parallel.nodes=2", "model.dtype=bf16"], "gloo", "bfloat16"),
     ],

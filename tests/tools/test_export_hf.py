@@ -74,8 +74,9 @@ def saved(tmp_path: Path, model: Path, world_size: int, sizes: dict[str, Any]) -
         ("qwen2", 2, {"tensor": 2}, {"tie": False, "kv_heads": 4}),
         ("llama", 2, {"pipeline": 2}, {"tie": True}),
         ("qwen3_moe", 2, {"expert": 2}, {"tie": False}),
+        ("glm4_moe", 2, {"expert": 2}, {"tie": False}),
     ],
-    ids=["qwen2-tp2", "llama-tied-pp2", "qwen3_moe-ep2"],
+    ids=["qwen2-tp2", "llama-tied-pp2", "qwen3_moe-ep2", "glm4_moe-ep2"],
 )
 def test_exported_logits_are_those_of_the_trained_policy(
     architecture: str, world_size: int, sizes: dict[str, Any], more: dict[str, Any], tmp_path: Path

@@ -57,9 +57,9 @@ def full_copies(logits: Tensor, targets: Tensor, stage: str) -> Outputs:
 
 
 def openrlhf() -> Way:
-    from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+    from dcpo_openrlhf.openrlhf_seam import make_importable
 
-    install_flash_attn_stub()
+    make_importable()
     from openrlhf.models.utils import compute_entropy, log_probs_from_logits
 
     def way(logits: Tensor, targets: Tensor, stage: str) -> Outputs:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub, openrlhf_args
+from dcpo_openrlhf.openrlhf_seam import make_importable, openrlhf_args
 from dcpo_openrlhf.recipe.schema import Recipe
 
-install_flash_attn_stub()
+make_importable()
 
 import deepspeed  # noqa: E402
 from openrlhf.utils.deepspeed import DeepspeedStrategy  # noqa: E402

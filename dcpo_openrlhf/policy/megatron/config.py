@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dcpo_openrlhf.recipe.families import ROPE_TYPES, Sizes, not_implemented
@@ -27,10 +28,13 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
     for wrong in not_implemented(values, "config.json"):
         raise ValueError(wrong)
     rope = hf.rope_parameters if rope_type(hf) == "yarn" else {}
+    transformer_engine = device == "cuda" and model.layers != "local"
     dtype, on_gpu, interleaved = DTYPES[model.dtype], device == "cuda", parallel.virtual_pipeline > 1
     sizes = Sizes.of(values)
     config = TransformerConfig(
         **_sizes(hf, sizes),
+        # one kernel for the experts of a layer, where the local layers loop over them
+        moe_grouped_gemm=transformer_engine and sizes.experts > 0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
@@ -60,8 +64,9 @@ def transformer_config(hf: Any, *, model: Model, parallel: Parallel, train: Trai
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
         use_te_activation_func=not on_gpu,  # fused.SwiGLU
-        # fused.packed_rotary; yarn also scales, which it does not
-        apply_rope_fusion=not on_gpu and not rope,
+        # Transformer Engine's, on cpu fused.packed_rotary; yarn also scales, which neither does. Where it is not fused,
+        # megatron-core asks the GPU for lengths, several times a layer
+        apply_rope_fusion=rope_utils.fused_apply_rotary_pos_emb_thd is not None and not rope,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )

@@ -10,11 +10,17 @@ from dcpo_openrlhf.policy.megatron.step import PolicyStep
 
 
 class Offload:
-    """Empties the storages in place, so that every view of them (parameters, shards, buckets) is whole again after."""
+    """Empties the storages in place, so that every view of them (parameters, shards, buckets) is whole again after.
+
+    Host memory is taken once, pinned where the policy is on a GPU, and kept: copies then run at the bus's speed, each
+    behind the last, and the host waits for all of them at once.
+    """
 
     def __init__(self, step: PolicyStep) -> None:
         self.step = step
         self._host: list[tuple[torch.UntypedStorage, torch.UntypedStorage | int]] = []
+        self._free: dict[int, list[torch.UntypedStorage]] = {}
+        """Bytes -> host memory of that size which nothing lies in."""
 
     def away(self) -> None:
         """Free the device memory of the policy; gradients are not kept, an update begins with zeros."""
@@ -23,8 +29,10 @@ class Offload:
         gradients = {_key(t): t.untyped_storage() for t in self._gradients()}
         kept = {_key(t): t.untyped_storage() for t in self._kept()}
         for storage in kept.values():
-            host = torch.UntypedStorage(storage.nbytes(), device="cpu")
-            self._host.append((storage, host.copy_(storage)))
+            host = self._take(storage.nbytes())
+            self._host.append((storage, host.copy_(storage, non_blocking=True)))
+        self._wait()
+        for storage in kept.values():
             storage.resize_(0)
         for storage in gradients.values():
             self._host.append((storage, storage.nbytes()))
@@ -38,8 +46,32 @@ class Offload:
                 storage.fill_(0)  # pyright: ignore[reportAttributeAccessIssue]
             else:
                 storage.resize_(host.nbytes())
-                storage.copy_(host)
+                storage.copy_(host, non_blocking=True)
+        self._wait()
+        for _, host in self._host:
+            if not isinstance(host, int):
+                self._free.setdefault(host.nbytes(), []).append(host)
         self._host = []
+
+    def _take(self, nbytes: int) -> torch.UntypedStorage:
+        """Host memory, that of an earlier time where one of this size is free."""
+        if free := self._free.get(nbytes):
+            return free.pop()
+        host = torch.UntypedStorage(nbytes, device="cpu")
+        if self.step.mesh.device.type == "cuda":
+            # torch's pin_memory would round up to a power of two, up to twice the bytes
+            runtime: Any = torch.cuda.cudart()
+            status = int(runtime.cudaHostRegister(host.data_ptr(), nbytes, 0))
+            if status:
+                raise RuntimeError(
+                    f"cudaHostRegister of {nbytes} bytes gave error {status}: the policy's host copy must be pinned; "
+                    "let containers lock memory (ulimit -l unlimited), or give the run more host memory"
+                )
+        return host
+
+    def _wait(self) -> None:
+        if self.step.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _gradients(self) -> Iterator[Tensor]:
         for model in self.step.models:
@@ -47,6 +79,11 @@ class Offload:
                 yield buffer.grad_data
 
     def _kept(self) -> Iterator[Tensor]:
+        """What lies on the device: an offloaded optimizer's state is in host memory already."""
+        device = self.step.mesh.device.type
+        yield from (tensor for tensor in self._state() if tensor.device.type == device and tensor.numel())
+
+    def _state(self) -> Iterator[Tensor]:
         for chunk in self.step.policy.chunks:
             yield from (parameter.data for parameter in chunk.parameters())
         whole: Any = self.step.optimizer

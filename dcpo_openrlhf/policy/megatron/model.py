@@ -257,7 +257,7 @@ _TIED_HEAD = ("model.embed_tokens.weight",)
 def _layer_spec(sizes: Sizes, config: TransformerConfig, layers: str, device: str, chunk: int | None) -> Any:
     """Layers for GPTModel: Transformer Engine's, or megatron-core's local ones with our attention and norm."""
     if layers == "auto":
-        layers = "transformer_engine" if device == "cuda" and _has_transformer_engine() else "local"
+        layers = "transformer_engine" if device == "cuda" else "local"
     te = layers == "transformer_engine"
     kinds = {experts: _layer(sizes, config, experts, te) for experts in {None, config.num_moe_experts}}
     first = get_transformer_layer_offset(config, chunk)
@@ -276,7 +276,9 @@ def _layer(sizes: Sizes, config: TransformerConfig, experts: int | None, te: boo
         "qk_layernorm": bool(config.qk_layernorm),
     }
     if te:
-        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=False, **options)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            moe_grouped_gemm=config.moe_grouped_gemm and experts is not None, **options
+        )
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     parts: Any = spec.submodules
@@ -307,9 +309,3 @@ def _te_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
-
-
-def _has_transformer_engine() -> bool:
-    from megatron.core.extensions import transformer_engine
-
-    return bool(transformer_engine.HAVE_TE)

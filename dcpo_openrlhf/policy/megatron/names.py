@@ -114,6 +114,9 @@ _ALIASES = {
     # Transformer Engine fuses a norm into the linear layer behind it
     _MG + "self_attention.linear_qkv.layer_norm_weight": _MG + "input_layernorm.weight",
     _MG + "mlp.linear_fc1.layer_norm_weight": _MG + "pre_mlp_layernorm.weight",
+    # and holds the experts of a layer in one module, each with a parameter of its own
+    _MG + "mlp.experts.linear_fc1.weight{expert}": _MG + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+    _MG + "mlp.experts.linear_fc2.weight{expert}": _MG + "mlp.experts.local_experts.{expert}.linear_fc2.weight",
 }
 
 

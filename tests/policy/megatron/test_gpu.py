@@ -19,6 +19,7 @@ from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
 from dcpo_openrlhf.policy.megatron.mesh import close_mesh
 from dcpo_openrlhf.policy.megatron.model import hf_tensors
 from dcpo_openrlhf.policy.token_stats import token_stats
+from dcpo_openrlhf.recipe import packages
 from tests.policy.megatron.common import make_policy, make_step, random_rows
 from tests.tiny import make_tiny_model
 
@@ -68,6 +69,8 @@ def in_process(device: str, fn: Callable[..., Any], *arguments: Any) -> Any:
 def make(device: str, path: Path, *, step: dict[str, Any] | None = None, **policy: Any) -> Any:
     close_mesh()
     gc.collect()
+    if device == "cuda":
+        policy.setdefault("layers", layers_here()[-1])
     return make_step(make_policy(path, rank=0, world_size=1, device=device, **policy), **(step or {}))
 
 
@@ -88,9 +91,7 @@ def _weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def layers_here() -> list[str]:
-    from dcpo_openrlhf.policy.megatron.model import _has_transformer_engine
-
-    return ["local", "transformer_engine"] if _has_transformer_engine() else ["local"]
+    return ["local", *["transformer_engine"] * (packages.version(packages.TE) is not None)]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,69 @@ def test_bf16_gradient_points_where_that_of_the_cpu_does(
             assert cosine > BF16_COSINE, f"{name} {key}"
 
 
+def _with_and_without_fused_rotary(device: str, path: Path) -> Any:
+    found = []
+    for fused in (True, False):
+        trainer = make(device, path, layers="local")
+        assert trainer.policy.config.apply_rope_fusion
+        trainer.policy.config.apply_rope_fusion = fused
+        found.append(
+            (trainer.token_statistics(random_rows(), temperatures=TEMPERATURES), trainer.update(random_rows()))
+        )
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_fused_rotary_embedding_gives_the_same_numbers(models: dict[str, Path], architecture: str) -> None:
+    if "transformer_engine" not in layers_here():
+        pytest.skip("it is Transformer Engine's")
+    fused, own = in_process("cuda", _with_and_without_fused_rotary, models[architecture])
+    for key, value in own[0].items():
+        torch.testing.assert_close(fused[0][key], value, atol=1e-5, rtol=1e-5, msg=key)
+    assert fused[1] == pytest.approx(own[1], rel=1e-4, abs=1e-6)
+
+
+def _grouped_and_looped(device: str, path: Path, folder: Path) -> Any:
+    """Statistics, update and weights with one multiply for all experts and with a loop over them, and a checkpoint of
+    the first as the second loads it.
+    """
+    from dcpo_openrlhf.policy.megatron import model
+
+    found, made = [], model.transformer_config
+    for grouped in (True, False):
+
+        def config(*arguments: Any, grouped: bool = grouped, **options: Any) -> Any:
+            configured = made(*arguments, **options)
+            configured.moe_grouped_gemm = grouped
+            return configured
+
+        with mock.patch.object(model, "transformer_config", config):
+            trainer = make(device, path, layers="transformer_engine", dtype="bf16")
+        assert any("experts.linear_fc1.weight0" in n for n, _ in trainer.policy.chunks[0].named_parameters()) == grouped
+        read = _weights(trainer)
+        statistics = trainer.token_statistics(random_rows(), temperatures=TEMPERATURES)
+        found.append((read, statistics, trainer.update(random_rows()), _weights(trainer)))
+        checkpoint = PolicyCheckpoint(trainer)
+        if grouped:
+            checkpoint.save(folder)
+            checkpoint.finish()
+        else:
+            checkpoint.load(folder)
+            found.append((_weights(trainer),))
+    return found
+
+
+def test_grouped_experts_are_the_looped_ones(models: dict[str, Path], tmp_path: Path) -> None:
+    if "transformer_engine" not in layers_here():
+        pytest.skip("needs Transformer Engine")
+    grouped, looped, (loaded,) = in_process("cuda", _grouped_and_looped, models["qwen3_moe"], tmp_path)
+    assert all(torch.equal(grouped[0][key], value) for key, value in looped[0].items()), "the names' table, both ways"
+    for key, value in looped[1].items():
+        assert (grouped[1][key] - value).abs().mean() < BF16_MEAN, key
+    assert grouped[2]["policy/grad_norm"] == pytest.approx(looped[2]["policy/grad_norm"], rel=BF16_NORM)
+    assert all(torch.equal(loaded[key], value) for key, value in grouped[3].items())
+
+
 def _saved_and_resumed(device: str, path: Path, folder: Path) -> Any:
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
@@ -154,11 +218,15 @@ def _away_and_back(device: str, path: Path) -> Any:
 
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
-    offload, held = Offload(trainer), []
-    for move in (lambda: None, offload.away, offload.back):
+    offload, held, taken = Offload(trainer), [], []
+    for move in (lambda: None, offload.away, offload.back, offload.away, offload.back):
         move()
         gc.collect()
         held.append(torch.cuda.memory_allocated())
+        hosts = [host for _, host in offload._host if not isinstance(host, int)]
+        taken += [{host.data_ptr() for host in hosts}] if hosts else []
+        assert all(torch.empty(0, dtype=torch.uint8).set_(host).is_pinned() for host in hosts)
+    assert taken[0] == taken[1], "host memory is taken once"
     moved = trainer.update(random_rows(seed=1)), _weights(trainer)
     trainer = make(device, path, dtype="bf16")
     trainer.update(random_rows(seed=0))
@@ -168,8 +236,8 @@ def _away_and_back(device: str, path: Path) -> Any:
 
 def test_policy_in_host_memory_leaves_the_device_and_comes_back_the_same(models: dict[str, Path]) -> None:
     parameters, held, (metrics, weights), (stayed, same) = in_process("cuda", _away_and_back, models["llama"])
-    before, away, back = held
-    assert back == before
+    before, away, back = held[:3]
+    assert back == before and held[3:] == [away, back]
     assert before - away >= 18 * parameters, "bf16 weights, fp32 gradients, fp32 weights and two moments"
     assert metrics == stayed
     assert all(torch.equal(same[key], value) for key, value in weights.items())

@@ -48,7 +48,8 @@ def _two_updates(rank: int, world_size: int, path: Path, dtype: str, moves: bool
     step = make_step(policy)
     offload = Offload(step)
     part = [random_rows(seed=seed).part(policy.mesh.data_rank, policy.mesh.data_size) for seed in (0, 1)]
-    metrics, held = [], []
+    metrics, held, taken = [], [], []
+    step.update(part[0])  # the optimizer has its state from then on
     for rows in part:
         metrics.append(step.update(rows))
         if moves:
@@ -57,7 +58,9 @@ def _two_updates(rank: int, world_size: int, path: Path, dtype: str, moves: bool
             held.append(sum(b.grad_data.untyped_storage().nbytes() for b in step.models[0].buffers))
             with pytest.raises(RuntimeError, match="in host memory already"):
                 offload.away()
+            taken.append({host.data_ptr() for _, host in offload._host if not isinstance(host, int)})
             offload.back()
+    assert not moves or (taken[0] and taken[0] <= taken[1]), "host memory is taken once"
     return metrics, {name: value.clone() for name, value in hf_tensors(policy)}, held
 
 

@@ -147,6 +147,14 @@ def test_norms_that_transformer_engine_fuses_have_their_names(fused: str, hf: st
     assert entry.hf_names == (f"model.layers.0.{hf}",) and entry.cut is names.REPLICATED
 
 
+@pytest.mark.parametrize("linear", ["linear_fc1", "linear_fc2"])
+def test_grouped_experts_are_named_as_the_looped_ones(linear: str) -> None:
+    where = {"first_layer": 4, "first_expert": 8}
+    grouped = names.entry_of(f"decoder.layers.1.mlp.experts.{linear}.weight3", **where)
+    assert grouped == names.entry_of(f"decoder.layers.1.mlp.experts.local_experts.3.{linear}.weight", **where)
+    assert grouped.expert and all(name.startswith("model.layers.5.mlp.experts.11.") for name in grouped.hf_names)
+
+
 @pytest.mark.parametrize(
     "name",
     ["decoder.layers.0.mlp.linear_fc1.bias", "module.output_layer.weight", "output_layer.weight2", "decoder.layers.x"],

@@ -3,7 +3,7 @@
 OpenRLHF names "cuda", NCCL and flash-attn in its code. Python imports this module in each process as it starts, in
 those of Ray and vLLM too, and each function below runs right after its module was imported:
 
-- flash_attn, which OpenRLHF imports at the top and calls for packed rows alone: a stub (`install_flash_attn_stub`);
+- flash_attn, which OpenRLHF imports at the top and calls for packed rows alone: a stub (`make_importable`);
 - torch.cuda's current device, streams, synchronize and empty_cache: the CPU, and nothing;
 - the device mesh of "cuda": of "cpu";
 - NCCL between trainer and engine: the same broadcasts over gloo;
@@ -39,9 +39,9 @@ class Stream:
 
 @when_imported("openrlhf")
 def flash_attn(_: Any) -> None:
-    from dcpo_openrlhf.openrlhf_seam import install_flash_attn_stub
+    from dcpo_openrlhf.openrlhf_seam import make_importable
 
-    install_flash_attn_stub()
+    make_importable()
 
 
 @when_imported("torch")
