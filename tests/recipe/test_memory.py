@@ -179,7 +179,7 @@ def resident(name):
 
 def rows(batch, time):
     attention = torch.ones(batch, time, dtype=torch.bool)
-    tokens = torch.randint(0, vocabulary, (batch, time))
+    tokens = torch.randint(1, vocabulary, (batch, time))  # 0 is padding, whose embedding is zero
     tokens[:, :prompt] = tokens[::group, :prompt].repeat_interleave(group, 0)[:batch]
     actions = attention[:, 1:] & (torch.arange(1, time) >= prompt)
     logp = torch.full((batch, time - 1), -5.0)
