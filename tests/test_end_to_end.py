@@ -115,15 +115,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_biased_model(tmp_path_factory.mktemp("model"))
 
 
+TERMS = ("kl.coefficient=0.01", "kl.estimator=k2", "correction.level=token")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
-    run = Run(
-        tmp_path_factory.mktemp("runs") / "first",
-        model,
-        "kl.coefficient=0.01",
-        "kl.estimator=k2",
-        "correction.level=token",
-    )
+    run = Run(tmp_path_factory.mktemp("runs") / "first", model, *TERMS)
     assert run.wait() == 0, run.log.read_text()[-5000:]
     return run
 
@@ -192,7 +189,7 @@ if __name__ == "__main__":
 
 
 def test_same_seed_repeats_prompts_and_first_metrics_and_a_signal_ends_all(finished: Run, model: Path) -> None:
-    again = Run(finished.folder.with_name("again"), model, "train.steps=50")
+    again = Run(finished.folder.with_name("again"), model, *TERMS, "train.steps=50")
     again.wait_for("step 1/50")
     again.process.send_signal(signal.SIGTERM)
     assert again.wait(ENDS_S) == 128 + signal.SIGTERM, again.log.read_text()[-3000:]

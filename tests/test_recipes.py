@@ -12,6 +12,7 @@ from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.recipe import memory, preflight
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
+from tools.smollm2 import ensure_smollm2
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "model_configs"
@@ -99,6 +100,8 @@ def differences(path: Path, other: Path) -> dict[str, object]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_can_be_planned(path: Path) -> None:
     recipe = load(path)
+    if "smollm2" in path.stem:
+        ensure_smollm2()
     lacking = preflight.check(recipe, dry_run=True)
     assert all(line.startswith(HERE) for line in lacking), lacking
     plan = preflight.plan(recipe, lacking)

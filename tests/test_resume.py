@@ -163,7 +163,7 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         """Every metric but the seconds."""
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+        return [{name: value for name, value in row.items() if not name.startswith(("time/", "cost/"))} for row in rows]
 
     def prompts(self) -> list[list[str]]:
         files = sorted((self.folder / "samples").glob("step_*.jsonl"))

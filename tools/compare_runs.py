@@ -15,7 +15,7 @@ import yaml
 from tools.run_folder import RunError, metrics, read_jsonl, sample_files
 
 # Where and when a run took place is no part of what it computes.
-IGNORED = ("time/", "recipe/run.dir", "recipe/run.ray_address", "recipe/run.worker_logs")
+IGNORED = ("time/", "cost/", "recipe/run.dir", "recipe/run.ray_address", "recipe/run.worker_logs")
 ABSENT = "nothing"
 
 

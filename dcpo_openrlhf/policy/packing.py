@@ -163,7 +163,8 @@ def micro_batches(
         lengths += -lengths % layout.row_multiple
         _require_room(int(lengths.max()) if len(rows) else 0, token_cap)
         groups = within_tokens(groups, spans, token_cap) if spans else groups
-        costs = [spans.tokens(group) for group in groups] if spans else lengths.tolist()
+        whole = lengths.tolist()  # what a row by itself takes where no other of its pack shares a prompt
+        costs = [spans.tokens(group) if spans and len(group) > 1 else whole[group[0]] for group in groups]
         count = 0
         while (needed := agree(len(full := fill(costs, token_cap, at_least=count)))) > count:
             count = needed

@@ -166,10 +166,13 @@ class Workers:
 
     def _hand_out(self, pending: dict[str | None, deque[Job]]) -> None:
         """Gives each idle worker a job of its kind, and starts workers while there are more jobs than workers."""
-        for worker in [w for w in self.active if w.idle and pending[w.function]]:
+        for worker in [w for w in self.active if w.idle]:
+            jobs = pending[worker.function]
+            if not jobs:  # there may be fewer than idle workers
+                continue
             try:
-                worker.send(pending[worker.function][0], deadline_s=self.deadline_s)
-                pending[worker.function].popleft()
+                worker.send(jobs[0], deadline_s=self.deadline_s)
+                jobs.popleft()
             except BrokenPipeError:  # it died while idle: the job is not to blame
                 self._discard(worker)
         for function, jobs in pending.items():

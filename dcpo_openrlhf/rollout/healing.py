@@ -260,7 +260,7 @@ class EnginePool(Sequence["ActorHandle"]):
         """Let engines that have come up serve; with `wait`, return when one does."""
         while self._starting:
             calls = [call for call, _ in self._starting.values()]
-            done, _ = ray.wait(calls, num_returns=len(calls), timeout=POLL_S if wait else 0.0)
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=POLL_S if wait else 0.1)  # 0 misses what is there
             for slot, (call, begun) in list(self._starting.items()):
                 why = None
                 if call in done:

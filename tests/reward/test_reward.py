@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict, deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dcpo_openrlhf.reward.compare import grade
 from dcpo_openrlhf.reward.extract import as_integer, extract_boxed, extract_choice, last_integer
 from dcpo_openrlhf.reward.pool import Grade, GraderError, GraderPool
+from dcpo_openrlhf.reward.processes import Workers
 from tests.bounds import HANG_S
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -274,6 +277,14 @@ def test_a_dead_worker_is_counted_and_replaced():
         idle.wait()
         assert pool.grade([boxed(HALF)], [r"\frac{1}{2}"])[0].reward == 1.0
         assert pool.crashes == 1  # it died between two comparisons: no response is to blame
+
+
+def test_one_job_goes_to_one_of_two_workers_that_wait():
+    workers, sent = Workers(2, deadline_s=60, batch_deadline_s=60), []
+    idle = SimpleNamespace(idle=True, ready=True, function=None, send=lambda job, deadline_s: sent.append(job))
+    workers.active = [idle, idle]
+    workers._hand_out(defaultdict(deque, {None: deque(["job"])}))
+    assert sent == ["job"]
 
 
 def test_close_ends_the_workers():

@@ -64,7 +64,7 @@ def test_bad_recipe_is_status_2_and_one_error(main: Main, nothing_starts: None) 
 
 def test_what_preflight_finds_is_told_by_check_and_nothing_starts(main: Main, nothing_starts: None) -> None:
     status, lines, last = main("parallel.tensor=1", "rollout.max_new_tokens=300", "task.kind=jsonl", "task.train=/no")
-    assert (status, last) == (1, "2 of 23 checks are WRONG")
+    assert (status, last) == (1, "2 of 24 checks are WRONG")
     assert lines["model"].startswith("WRONG    rollout.max_prompt_tokens + max_new_tokens = 100 + 300 = 400 exceeds")
     assert lines["data files"].startswith("WRONG    task.train = /no: no such readable file; name a JSONL file")
     assert {lines[name] for name in LIVE} == {"skipped  (a run could not start: model, data files)"}
@@ -88,7 +88,7 @@ def test_a_start_that_fails_is_told_on_one_line(main: Main, monkeypatch: pytest.
 
     monkeypatch.setattr(doctor, "started", fails)
     status, lines, last = main()
-    assert (status, last) == (1, "1 of 23 checks are WRONG")
+    assert (status, last) == (1, "1 of 24 checks are WRONG")
     assert lines["start"] == "WRONG    engine 0 died: ray::Engine ... ValueError: no room"
     assert lines["sync"] == "skipped  (start failed)" and lines["end"].startswith("ok")
 

@@ -201,7 +201,7 @@ def difference(rows: Sequence[dict[str, float]], whole: Sequence[dict[str, float
     largest = 0.0 if len(rows) == len(whole) else float("inf")
     for mine, theirs in zip(rows, whole, strict=False):
         for name, value in theirs.items():
-            if not name.startswith("time/"):
+            if not name.startswith(("time/", "cost/")):
                 largest = max(largest, abs(mine.get(name, float("inf")) - value) / max(abs(value), 1e-12))
     return largest
 
