@@ -60,7 +60,6 @@ class DCPOTrainer(BasePPOTrainer):
         self.generator = make_generator(strategy, engines, tokenizer)
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
         self.weights_version, self.starting_model = 0, starting_model(recipe)
-        self.cost = make_cost(recipe, ray.get(actor_group.async_run_method("peak_flops"))[0])
         c = recipe.checkpoint
         self.checkpoints = CheckpointFolder(
             recipe.run.dir / "checkpoints",
@@ -120,6 +119,7 @@ class DCPOTrainer(BasePPOTrainer):
 
     def start(self) -> int:
         """The step after which this run continues, 0 for one that begins; engines hold that step's weights then."""
+        self.cost = make_cost(self.recipe, ray.get(self.actor_model_group.async_run_method("peak_flops"))[0])
         if self.point is None:
             self.sync_weights()
             self.before = self.evaluate(0)
