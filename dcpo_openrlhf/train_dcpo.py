@@ -313,7 +313,8 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     """
     import ray
 
-    from dcpo_openrlhf.policy.actor import ACTORS, PolicyActorGroup
+    from dcpo_openrlhf.policy.actor import ACTORS
+    from dcpo_openrlhf.policy.group import PolicyActorGroup
     from dcpo_openrlhf.rollout.devices import device_group, rank_bundles
     from dcpo_openrlhf.rollout.pool import COLOCATED_SHARE, shutdown_engines, sleep, wait_until_ready
 

@@ -15,7 +15,8 @@ from dcpo_openrlhf import signals
 from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.colocation import Colocation
-from dcpo_openrlhf.experience import DCPOExperience, DCPOExperienceMaker, put
+from dcpo_openrlhf.experience import DCPOExperience, put
+from dcpo_openrlhf.experience_maker import DCPOExperienceMaker
 from dcpo_openrlhf.grading import failures, grade_samples, keep_samples, mean_logs
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from dcpo_openrlhf import experience, objectives
+from dcpo_openrlhf import experience_maker, objectives
 from dcpo_openrlhf.assemble import make_controller
-from dcpo_openrlhf.experience import DCPOExperienceMaker, batch_entropies, padded
+from dcpo_openrlhf.experience import batch_entropies, padded
+from dcpo_openrlhf.experience_maker import DCPOExperienceMaker
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
@@ -144,7 +145,7 @@ def test_advantages_are_those_of_the_maths_with_the_batch_own_entropy() -> None:
 @pytest.mark.parametrize("name", ["dcpo", "j1", "entropy_adv"])
 def test_rows_taken_a_few_at_a_time_give_the_same_advantages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_maker(name=name).make_experience_batch(samples(REWARDS))
-    monkeypatch.setattr(experience, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(experience_maker, "CHUNK_ROWS", 3)
     for one, other in zip(make_maker(name=name).make_experience_batch(samples(REWARDS)), whole, strict=True):
         assert len(one.advantage_terms) == len(other.advantage_terms)
         pairs = zip((one.target_ratio, *one.advantage_terms), (other.target_ratio, *other.advantage_terms), strict=True)

@@ -42,7 +42,8 @@ def exits() -> Iterator[contextlib.ExitStack]:
 @pytest.fixture(scope="module")
 def stack(recipe: Recipe, exits: contextlib.ExitStack, tmp_path_factory: pytest.TempPathFactory):
     """(policy group, engines): the engine starts with the weights of another model."""
-    from dcpo_openrlhf.policy.actor import MegatronActor, PolicyActorGroup
+    from dcpo_openrlhf.policy.actor import MegatronActor
+    from dcpo_openrlhf.policy.group import PolicyActorGroup
     from dcpo_openrlhf.rollout.pool import create_rollout_engines, shutdown_engines, wait_until_ready
 
     other = make_tiny_model(tmp_path_factory.mktemp("engine"), tie=False, seed=2)

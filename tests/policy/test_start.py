@@ -12,7 +12,7 @@ from ray.util.placement_group import remove_placement_group
 
 from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.policy import deaths
-from dcpo_openrlhf.policy.actor import PolicyActorGroup
+from dcpo_openrlhf.policy.group import PolicyActorGroup
 from tests.bounds import HANG_S
 from tests.weight_sync.engines import cluster
 

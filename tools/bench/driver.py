@@ -25,12 +25,14 @@ import ray
 import torch
 from torch import Tensor
 
-from dcpo_openrlhf import experience, local_ray
+from dcpo_openrlhf import experience_maker, local_ray
 from dcpo_openrlhf.assemble import make_controller
-from dcpo_openrlhf.experience import DCPOExperienceMaker, put
+from dcpo_openrlhf.experience import put
+from dcpo_openrlhf.experience_maker import DCPOExperienceMaker
 from dcpo_openrlhf.monitor.statistics import batch_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
-from dcpo_openrlhf.policy.actor import PolicyActor, PolicyActorGroup
+from dcpo_openrlhf.policy.actor import PolicyActor
+from dcpo_openrlhf.policy.group import PolicyActorGroup
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
@@ -240,7 +242,7 @@ class Step:
             (self.maker, "split_rollout_samples", "padded into updates"),
             (self.maker, "make_experience", "rows dealt"),
             (self.maker, "compute_advantages_and_returns", "advantages"),
-            (experience, "require_possible_statistics", "statistics checked"),
+            (experience_maker, "require_possible_statistics", "statistics checked"),
             (self.group, "async_run_method_batch", lambda method, **_: group_names.get(method, "rows dealt")),
             (self.group, "gather", "statistics in"),
         ]
