@@ -54,15 +54,16 @@ def test_both_sides_are_asked_for_the_same() -> None:
         "data.prompt_dataset": [ours.task.train],
         "rollout.batch_size": [t.prompts_per_step],
         "rollout.max_new_tokens": [r.max_new_tokens],
-        "rollout.micro_batch_size": [t.micro_batch_size],
         "rollout.n_samples_per_prompt": [t.group_size],
         "train.batch_size": [t.prompts_per_update * t.group_size],
-        "train.micro_batch_size": [t.micro_batch_size],
         "train.num_episodes": [t.steps],  # of one step each: the file holds a step's prompts
         "train.seed": [ours.run.seed],
         "vllm.num_engines": [r.engines],
     }
     assert {name: theirs[name] for name in same} == {name: list(map(str, values)) for name, values in same.items()}
+    rows = int(theirs["train.micro_batch_size"][0])
+    assert theirs["rollout.micro_batch_size"] == [str(rows)]
+    assert t.micro_batch_tokens == rows * (sides.RENDERED_TOKENS + r.max_new_tokens)
     assert (ours.model.dtype, ours.method.name, ours.reward.extractor) == ("fp32", "grpo", "last_integer")
     assert ours.loss.aggregation == "sequence_mean" and theirs["actor.loss_agg_mode"] == ["seq-mean-token-mean"]
     assert ours.updates_per_step == 1 and not ours.reward.require_end and ours.checkpoint.export_hf
@@ -227,8 +228,8 @@ def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [against_openrlhf.heading(SETTING, 2), against_openrlhf.table(records)]
     text = against_openrlhf.page(parts, "python -m it")
     for line in (
-        "**6 prompts, 4 responses each** of at most 12 tokens, fp32, micro-batches of 8 rows, one update a step. "
-        "Ours is grpo. Medians of 4 steps, all but the first of each run; runs of a side: 2.",
+        "**6 prompts, 4 responses each** of at most 12 tokens, fp32, micro-batches of 8 rows (ours: of the "
+        "384 tokens that these hold when padded), one update a step. Ours is grpo. Medians of 4 steps, all but the first of each run; runs of a side: 2.",
         "| | OpenRLHF | ours | times ours | aim |",
         "| generation [s] | 4.00 | 1.00 | 4.00 | 1, met |",
         "| weight broadcast [s] | 4.00 | 1.00 | 4.00 | 5, not met |",

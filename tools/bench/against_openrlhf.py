@@ -1,6 +1,6 @@
 """The same steps by stock OpenRLHF and by this recipe on this CPU, in turns: seconds of each phase, memory, reward.
 
-Both take the same model, prompts, group size, lengths, optimizer, reward rule, number format and rows of a micro-batch.
+Both take the same model, prompts, group size, lengths, optimizer, reward rule, number format, and micro-batches.
 A turn of a side is a run in processes of its own, with a Ray of its own. OpenRLHF is written for GPUs: the docstring of
 openrlhf_cpu/sitecustomize.py says what stands in for one.
 Aims: a step 3 x, every phase faster, the weight broadcast 5 x.
@@ -59,13 +59,13 @@ included. *Memory* is the highest sum of the resident sets of the side's process
 second: a page that several share counts for each. Both save the model at the end.
 
 **What OpenRLHF runs as**: its `train_ppo_ray` as installed, with GRPO (`group_norm`), no KL term, DeepSpeed ZeRO-2,
-`sdpa` attention and one engine. Rows are padded to the longest of their micro-batch, since its packing needs
-flash-attn. It is written for GPUs, and in place of one stand: a stub for flash-attn; the CPU for `torch.cuda`'s device,
-streams and device mesh; gloo for NCCL; a buffer on the CPU for each parameter that the engine receives; and in the
-engine torch's linear layers for vLLM's packed ones, which free the weight that OpenRLHF's update writes to. In fp32,
-which it does not offer, parameters, DeepSpeed and engine are told to take it. It has as many threads as ours, which
-neither Ray nor vLLM would give it by themselves. Both have the same seed but draw from it differently, so responses
-and rewards differ.
+`sdpa` attention and one engine. Rows are padded to the longest of their micro-batch, since its packing needs flash-
+attn; ours packs them, and each prompt once. It is written for GPUs, and in place of one stand: a stub for flash-attn;
+the CPU for `torch.cuda`'s device, streams and device mesh; gloo for NCCL; a buffer on the CPU for each parameter that
+the engine receives; and in the engine torch's linear layers for vLLM's packed ones, which free the weight that
+OpenRLHF's update writes to. In fp32, which it does not offer, parameters, DeepSpeed and engine are told to take it. It
+has as many threads as ours, which neither Ray nor vLLM would give it by themselves. Both have the same seed but draw
+from it differently, so responses and rewards differ.
 """
 
 
@@ -217,8 +217,9 @@ def table(records: Mapping[str, Sequence[Record]]) -> str:
 def heading(s: Setting, turns: int) -> str:
     return (
         f"**{s.prompts} prompts, {s.group_size} responses each** of at most {s.new_tokens} tokens, {s.dtype}, micro-"
-        f"batches of {s.rows_at_once} rows, one update a step. Ours is {s.method}. Medians of {turns * (s.steps - 1)} "
-        f"steps, all but the first of each run; runs of a side: {turns}."
+        f"batches of {s.rows_at_once} rows (ours: of the {s.tokens_at_once} tokens that these hold when padded), one "
+        f"update a step. Ours is {s.method}. Medians of {turns * (s.steps - 1)} steps, all but the first of each run; "
+        f"runs of a side: {turns}."
     )
 
 
@@ -246,7 +247,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[16, 12], help="one value a setting")
     parser.add_argument("--steps", type=int, default=4, help="of a run; the first one does not count")
     parser.add_argument("--turns", type=int, default=1, help="runs of each side")
-    parser.add_argument("--micro-batch", type=int, default=16, help="rows at most, on both sides")
+    parser.add_argument("--micro-batch", type=int, default=16, help="rows at most; ours: tokens of as many padded rows")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: what the processor multiplies natively")
     parser.add_argument("--method", default="dcpo", help="ours; OpenRLHF's is GRPO")
     parser.add_argument("--learning-rate", type=float, default=2e-5)

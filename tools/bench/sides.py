@@ -15,6 +15,8 @@ SHIM = Path(__file__).parent / "openrlhf_cpu"
 RECIPE = ROOT / "recipes" / "dcpo-smollm2-135m-cpu.yaml"
 SYSTEM = "Reply with one number."
 PROMPT_TOKENS = 116
+RENDERED_TOKENS = 36
+"""Of the longest sum in SmolLM2's chat template."""
 BETA1, BETA2, WEIGHT_DECAY = 0.5, 0.95, 0.01
 SEED = 1
 OPENRLHF, OURS = "OpenRLHF", "ours"
@@ -41,6 +43,11 @@ class Setting:
     @property
     def rows_at_once(self) -> int:
         return min(self.micro_batch, self.rows)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """What those rows hold where each is padded to the longest possible."""
+        return self.rows_at_once * (RENDERED_TOKENS + self.new_tokens)
 
 
 def write_prompts(file: Path, count: int) -> None:
@@ -117,7 +124,7 @@ def our_command(s: Setting, folder: Path, prompts: Path) -> list[str]:
         "train.prompts_per_step": s.prompts,
         "train.prompts_per_update": s.prompts,
         "train.group_size": s.group_size,
-        "train.micro_batch_size": s.rows_at_once,
+        "train.micro_batch_tokens": s.tokens_at_once,
         "rollout.max_prompt_tokens": PROMPT_TOKENS,
         "rollout.max_new_tokens": s.new_tokens,
         "rollout.cpu_kv_cache_gb": 1.0,
