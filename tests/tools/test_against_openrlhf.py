@@ -228,8 +228,9 @@ def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [against_openrlhf.heading(SETTING, 2), against_openrlhf.table(records)]
     text = against_openrlhf.page(parts, "python -m it")
     for line in (
-        "**6 prompts, 4 responses each** of at most 12 tokens, fp32, micro-batches of 8 rows (ours: of the "
-        "384 tokens that these hold when padded), one update a step. Ours is grpo. Medians of 4 steps, all but the first of each run; runs of a side: 2.",
+        "**6 prompts, 4 responses each** of at most 12 tokens, fp32, micro-batches of 8 rows (ours: of the 384 tokens "
+        "that these hold when padded), one update a step. Ours is grpo. Medians of 4 steps, all but the first of each "
+        "run; runs of a side: 2.",
         "| | OpenRLHF | ours | times ours | aim |",
         "| generation [s] | 4.00 | 1.00 | 4.00 | 1, met |",
         "| weight broadcast [s] | 4.00 | 1.00 | 4.00 | 5, not met |",
