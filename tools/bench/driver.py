@@ -36,10 +36,10 @@ from dcpo_openrlhf.policy.group import PolicyActorGroup
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
-from dcpo_openrlhf.rollout import generator
 from dcpo_openrlhf.rollout.checks import require_possible_samples
 from dcpo_openrlhf.rollout.engine import Response, response
 from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
+from dcpo_openrlhf.rollout.healing import EnginePool
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
 
 VOCABULARY, PROMPT_TOKENS, LOOK_S = 150_000, 128, 0.2
@@ -59,8 +59,8 @@ class StandInEngine:
         prompts = random.integers(0, VOCABULARY, (groups, PROMPT_TOKENS), dtype=np.int32)
         self.groups = [[one(prompt) for _ in range(size)] for prompt in prompts]
 
-    def get_num_unfinished_requests(self) -> int:
-        return 0
+    def health(self) -> dict[str, Any]:
+        return {}
 
     def generate_groups(self, requests: list[dict[str, Any]]) -> list[list[Response]]:
         groups, self.groups = self.groups, []
@@ -238,7 +238,7 @@ class Step:
         group_names = {"append": "put: advantages to the actors"}
         places: list[tuple[Any, str, str | Callable[..., str]]] = [
             (self.generator, "generate", "experiences made"),
-            (generator, "gather", "responses through Ray"),
+            (EnginePool, "generate", "responses through Ray"),
             (self.maker, "split_rollout_samples", "padded into updates"),
             (self.maker, "make_experience", "rows dealt"),
             (self.maker, "compute_advantages_and_returns", "advantages"),
