@@ -53,6 +53,10 @@ class DCPOExperience(Experience):
     """Rows of this update that were drawn from pi_old^T: trained on, and no part of the step's metrics."""
     replaced: Bool[Tensor, " batch"] | None = None
     """Rows whose place those take; None: they stand beside all rows."""
+    aside: bool = False
+    """Groups that train.filter leaves: part of the step's metrics, and not trained on."""
+    filler: Bool[Tensor, " batch"] | None = None
+    """Rows of groups that train.filter dropped and a short step is filled up with: their group advantage is 0."""
     separate_averages: objectives.Aggregation | None = None
     """Aggregation of a method that averages the two populations apart; None: one average over all rows."""
 
@@ -150,4 +154,4 @@ def _sum_inside(values: Tensor, mask: Tensor) -> float:
 
 def put(experiences: list[DCPOExperience], group: Any) -> None:
     """Hand every update's rows to the policy actors."""
-    ray.get(group.async_run_method_batch("append", experience=[e.rows() for e in experiences]))
+    ray.get(group.async_run_method_batch("append", experience=[e.rows() for e in experiences if not e.aside]))

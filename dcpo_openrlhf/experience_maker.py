@@ -45,6 +45,9 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.step = 0
         """The step in hand; the trainer sets it, with its prompts."""
         self.prompts: Sequence[Prompt] = ()
+        """Of the step's updates, then of groups that are left out of them."""
+        self.fillers: Sequence[int] = ()
+        """Places among the former of groups that `train.filter` dropped, and that fill a short step."""
         self.resample: Callable[[float, int], list[Experience]] | None = None
         """(T, n) -> G graded responses of pi_old^T to each of the step's first n prompts; set by the trainer."""
         self.forward: list[Any] = []
@@ -53,13 +56,22 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         """Every T that the switching rule may choose: both come out of the one forward, before the entropy is known."""
 
     def split_rollout_samples(self, rollout_samples: list[Experience]) -> list[DCPOExperience]:
-        """One padded experience for each update, groups whole and in prompt order."""
-        size = self.recipe.train.prompts_per_update * self.recipe.train.group_size
-        _require_whole_groups(rollout_samples, size)
+        """One padded experience for each update, groups whole and in prompt order; then groups that are left out."""
+        t = self.recipe.train
+        size, trained = t.prompts_per_update * t.group_size, t.prompts_per_step * t.group_size
+        _require_whole_groups(rollout_samples[:trained], size)
         for i, sample in enumerate(rollout_samples):
             sample.index = [i]
-        chunks = (rollout_samples[i : i + size] for i in range(0, len(rollout_samples), size))
-        return [padded(chunk, self.tokenizer.pad_token_id) for chunk in chunks]
+        filler = torch.zeros(t.prompts_per_step, dtype=torch.bool)
+        filler[list(self.fillers)] = True
+        filler = filler.repeat_interleave(t.group_size)
+        found = []
+        for i in range(0, len(rollout_samples), size):
+            e = padded(rollout_samples[i : i + size], self.tokenizer.pad_token_id)
+            e.aside = i >= trained
+            e.filler = filler[i : i + size] if self.fillers and not e.aside else None
+            found.append(e)
+        return found
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[DCPOExperience]) -> list[DCPOExperience]:
@@ -77,9 +89,10 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
 
     def _add_reference(self, experiences: list[DCPOExperience]) -> None:
         """log pi_ref of every row, where the recipe has a KL to it."""
-        if experiences and self.recipe.kl.coefficient:
-            found = self.statistics([e.rows() for e in experiences], [], reference=True)
-            for e, stats in zip(experiences, found, strict=True):
+        trained = [e for e in experiences if not e.aside]
+        if trained and self.recipe.kl.coefficient:
+            found = self.statistics([e.rows() for e in trained], [], reference=True)
+            for e, stats in zip(trained, found, strict=True):
                 e.base_action_log_probs = stats["logp"]
 
     def _penalty(self, e: DCPOExperience) -> Float[Tensor, " batch"] | float:
@@ -135,9 +148,14 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.decision = self.controller.step(exact, sampled, success_rate)
         tempered_logps = self._tempered(experiences, self.decision.temperature)
         for i, (e, tempered_logp) in enumerate(zip(experiences, tempered_logps, strict=True)):
-            self._set_advantages(e, tempered_logp, seed=self._seed() * 2**10 + i)
+            if e.aside:
+                e.target_ratio = objectives.target_ratio(
+                    old_logp=e.action_log_probs, tempered_logp=tempered_logp, mask=e.mask
+                )
+            else:
+                self._set_advantages(e, tempered_logp, seed=self._seed() * 2**10 + i)
         if self.method.samples == "policy+tempered":
-            self._add_tempered_rows(experiences)
+            self._add_tempered_rows([e for e in experiences if not e.aside])
         return experiences
 
     def _set_advantages(
@@ -150,6 +168,8 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         group = torch.zeros_like(rewards)
         if not tempered:
             group = objectives.group_advantage(reward=rewards - self._penalty(e), group_size=t.group_size)
+        if e.filler is not None:
+            group = group.masked_fill(e.filler, 0.0)
         tokens = {"old_logp": e.action_log_probs, "mask": e.mask}
         size = max(len(rewards), 1) if self.method.whole_update else CHUNK_ROWS
         e.target_ratio, terms = torch.empty_like(e.action_log_probs), []

@@ -298,6 +298,27 @@ def method_advantage(
     return method.mix(inputs)
 
 
+def rewards_solved_groups(method: Method) -> bool:
+    """Whether R enters the loss where A = 0, so that a group of right responses alone is trained on all the same."""
+    zeros, tempered = torch.zeros(2, 1), torch.tensor([False, method.samples == "policy+tempered"])
+    terms = [
+        method_advantage(
+            method,
+            group_advantage=torch.zeros(2),
+            success=torch.full((2,), success),
+            target_ratio=torch.ones(2, 1),
+            entropy=zeros,
+            alpha=1.0,
+            mixing="additive",
+            tempered_rows=tempered,
+            old_logp=zeros,
+            mask=torch.ones(2, 1),
+        )
+        for success in (0.0, 1.0)
+    ]
+    return method.expected_regulariser or any(not torch.equal(a, b) for a, b in zip(*terms, strict=True))
+
+
 def aepo_rows(
     *, group_advantage: Float[Tensor, " batch"], above_target: bool, limit: int = 60, threshold: Number = 0.05
 ) -> Int[Tensor, " rows"]:

@@ -18,6 +18,7 @@ from dcpo_openrlhf.colocation import Colocation
 from dcpo_openrlhf.experience import DCPOExperience, put
 from dcpo_openrlhf.experience_maker import DCPOExperienceMaker
 from dcpo_openrlhf.grading import failures, grade_samples, keep_samples, mean_logs
+from dcpo_openrlhf.group_filter import Group, draw_step
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics, correction_metrics
@@ -200,6 +201,7 @@ class DCPOTrainer(BasePPOTrainer):
                 "rollout/length_mean": float(torch.cat([s.response_length for s in samples]).float().mean()),
                 "rollout/truncated_fraction": float(torch.cat([s.truncated for s in samples]).float().mean()),
                 **mean_logs(self.grades),
+                **self.filtered,
                 **clock.seconds(),
             }
             self.log.write(step, metrics)
@@ -208,15 +210,24 @@ class DCPOTrainer(BasePPOTrainer):
         self.log.close()
 
     def rollout(self, step: int) -> list[Any]:
-        """G responses of the current policy to each of the step's prompts, graded."""
-        r, t = self.recipe.rollout, self.recipe.train
-        prompts = self.prompts.take(t.prompts_per_step)
-        self.experience_maker.step, self.experience_maker.prompts = step, prompts
-        samples, texts, self.grades = self._rollout(prompts, step=step, request=step, temperature=r.temperature)
-        if kept := texts[: self.recipe.monitor.samples_per_step]:
+        """G responses of the current policy to each of the step's prompts, graded; then those that it leaves."""
+        r, t, maker = self.recipe.rollout, self.recipe.train, self.experience_maker
+
+        def draw(count: int, drawn: int) -> list[Group]:
+            prompts = self.prompts.take(count)
+            found = self._rollout(prompts, step=step, request=step, temperature=r.temperature, first=drawn)
+            return Group.split(prompts, *found)
+
+        drawn = draw_step(draw, prompts=t.prompts_per_step, group_filter=t.filter, rounds=t.filter_rounds)
+        if drawn.shortage:
+            self.log.line({"step": step, "cause": "filter", "text": drawn.shortage})
+            logger.warning("step %d: %s", step, drawn.shortage)
+        maker.step, maker.prompts, maker.fillers = step, drawn.prompts, drawn.fillers
+        self.grades, self.filtered = drawn.grades, drawn.metrics
+        if kept := drawn.texts[: self.recipe.monitor.samples_per_step]:
             file = self.recipe.run.dir / "samples" / f"step_{step:06d}.jsonl"
-            keep_samples(file, prompts, kept, self.grades, group_size=t.group_size)
-        return samples
+            keep_samples(file, drawn.prompts, kept, self.grades, group_size=t.group_size)
+        return drawn.samples
 
     def tempered_rollout(self, temperature: float, count: int) -> list[Any]:
         """G graded responses of pi_old^T to each of the step's first `count` prompts (j2, j4, aepo)."""
@@ -224,12 +235,12 @@ class DCPOTrainer(BasePPOTrainer):
         return self._rollout(prompts, step=step, request=TEMPERED_STEP + step, temperature=temperature)[0]
 
     def _rollout(
-        self, prompts: Sequence[tasks.Prompt], *, step: int, request: int, temperature: float
+        self, prompts: Sequence[tasks.Prompt], *, step: int, request: int, temperature: float, first: int = 0
     ) -> tuple[list[Any], list[str], list[Grade]]:
         """Responses of the current weights, their texts and their grades; every value is checked."""
-        size = self.recipe.train.group_size
+        size, refill = self.recipe.train.group_size, {"first": first} if first else {}  # unnamed in older records
         samples = self._generate(
-            prompts, step=request, n_samples=size, temperature=temperature, top_p=self.recipe.rollout.top_p
+            prompts, step=request, n_samples=size, temperature=temperature, top_p=self.recipe.rollout.top_p, **refill
         )
         texts, grades = self._grade(samples, prompts, step)
         for sample, grade in zip(samples, grades, strict=True):
@@ -261,6 +272,7 @@ class DCPOTrainer(BasePPOTrainer):
             {
                 "train/step": step,
                 **found,
+                **self.filtered,
                 **correction_metrics(experiences),
                 **self.cost.metrics(experiences, status),
                 "entropy/target": decision.target_entropy,

@@ -1,13 +1,14 @@
 """The experience maker: one forward of pi_old, then the controller, the target ratio and the mixed advantage."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dcpo_openrlhf import experience_maker, objectives
+from dcpo_openrlhf import experience, experience_maker, objectives
 from dcpo_openrlhf.assemble import make_controller
-from dcpo_openrlhf.experience import batch_entropies, padded
+from dcpo_openrlhf.experience import batch_entropies, padded, put
 from dcpo_openrlhf.experience_maker import DCPOExperienceMaker
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
@@ -366,6 +367,78 @@ def test_adaptive_entropy_and_entropic_take_the_controllers_numbers() -> None:
     assert sure[update.mask].any() and not sure[update.mask].all()
     expected = group + maker.decision.sample_weight * group.abs() * sure
     torch.testing.assert_close(update.advantages[update.mask], expected[update.mask])
+
+
+def make_filtered(left: int, fillers: list[int], **settings: Any) -> DCPOExperienceMaker:
+    """A maker whose step left that many groups, and has fillers at these places."""
+    maker = make_maker(**settings)
+    maker.prompts = [Prompt(Problem(f"sum-{i}", "", "", ""), "") for i in range(4 + left)]
+    maker.fillers = fillers
+    return maker
+
+
+@pytest.mark.parametrize("kl", [{}, {"coefficient": 0.5}, {"coefficient": 0.5, "use_loss": False}])
+def test_groups_that_are_left_are_in_entropy_and_success_rate_and_in_no_update(
+    kl: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experience.ray, "get", lambda refs: refs)
+    left = [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]  # three groups: more than one update's
+    maker = make_filtered(3, [], kl=kl)
+    *updates, first, second = maker.make_experience_batch(samples([*REWARDS, *left]))
+    assert [e.aside for e in (*updates, first, second)] == [False, False, True, True]
+    assert [len(e.sequences) for e in (*updates, first, second)] == [4, 4, 4, 2]
+    logp = torch.cat([e.action_log_probs[e.mask] for e in (*updates, first, second)])
+    assert maker.decision is not None
+    assert maker.decision.entropy == pytest.approx(float((0.5 - logp).mean()))
+    assert maker.decision.alpha == pytest.approx(1.0 / (6 / 14))  # alpha_max / success rate, of all 14
+    for e in (first, second):
+        torch.testing.assert_close(e.target_ratio, (e.action_log_probs / 1.2 - e.action_log_probs).exp())
+        assert e.base_action_log_probs is None, "no forward of the starting model"
+
+    sent: list[Any] = []
+    put(
+        [*updates, first, second], SimpleNamespace(async_run_method_batch=lambda _, experience: sent.extend(experience))
+    )
+    assert [len(rows) for rows in sent] == [4, 4]
+    for update, rewards in zip(updates, (REWARDS[:4], REWARDS[4:]), strict=True):
+        expected = objectives.mixed_advantage(
+            group_advantage=objectives.group_advantage(
+                reward=torch.tensor(rewards) - maker._penalty(update), group_size=2
+            ),
+            success=torch.tensor(rewards),
+            target_ratio=update.target_ratio,
+            alpha=maker.decision.alpha,
+            mixing="convex",
+        )
+        torch.testing.assert_close(update.advantages[update.mask], expected[update.mask])
+
+
+@pytest.mark.parametrize("kl", [{}, {"coefficient": 0.5, "use_loss": False}])
+def test_a_group_that_fills_a_step_has_no_advantage_whatever_its_rewards(kl: dict[str, Any]) -> None:
+    rewards, success = [1.0, 0.0, -0.5, 0.0, -0.25, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    first, second = make_filtered(0, [1, 2], kl=kl).make_experience_batch(samples(rewards, success))
+    assert first.filler is not None and first.filler.tolist() == [False, False, True, True]
+    assert second.filler is not None and second.filler.tolist() == [True, True, False, False]
+    assert not first.advantages[2:].any() and not second.advantages[:2].any()
+    plain = make_filtered(0, [], kl=kl).make_experience_batch(samples(rewards, success))
+    assert plain[0].filler is None and plain[0].advantages[2:].any() and plain[1].advantages[:2].any()
+    assert torch.equal(first.advantages[:2], plain[0].advantages[:2]), "the others weigh what they weigh without"
+    assert torch.equal(second.advantages[2:], plain[1].advantages[2:])
+    assert len(first.rows()) == 4, "the update keeps its size"
+
+
+@pytest.mark.parametrize("name", ["j2", "aepo", "scope_rl"])
+def test_rows_of_the_tempered_policy_are_of_the_updates_prompts_alone(name: str) -> None:
+    maker, asked = make_filtered(2, [], name=name), []
+
+    def resample(temperature: float, count: int) -> list[Experience]:
+        asked.append(count)
+        return samples([1.0, 0.0] * count)
+
+    maker.resample = resample
+    *updates, left = maker.make_experience_batch(samples([*REWARDS, 0.0, 0.0, 0.0, 0.0]))
+    assert len(updates) == 2 and left.aside and left.tempered is None and left.replaced is None
+    assert asked == [4 if name == "j2" else 1] and any(e.tempered is not None for e in updates)
 
 
 def test_statistics_of_rows_that_do_not_divide_over_the_data_ranks_are_filled_up() -> None:

@@ -21,7 +21,7 @@ LEVELS = (
     ("trainer",),
     ("assemble",),
     ("monitor",),
-    ("experience_maker", "grading"),
+    ("experience_maker", "grading", "group_filter"),
     ("experience",),
     ("policy.actor", "policy.group"),
     ("policy.megatron", "policy.deepspeed"),

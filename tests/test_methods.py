@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from dcpo_openrlhf import local_ray, train_dcpo
 from dcpo_openrlhf.methods import METHODS
@@ -63,9 +64,7 @@ def prompt_stream(recipe: Recipe, tokenizer: Any) -> tasks.PromptStream:
     return tasks.PromptStream(problems, prompts=texts, seed=1)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = make_recipe(stack["folder"], stack["model"], name)
+def make_trainer(stack: dict[str, Any], recipe: Recipe) -> DCPOTrainer:
     recipe.run.dir.mkdir()
     tokenizer = train_dcpo._tokenizer(recipe)
     trainer = DCPOTrainer(
@@ -78,6 +77,17 @@ def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.Mon
         grader=stack["grader"],
     )
     trainer.weights_version = stack["version"]
+    return trainer
+
+
+def metrics_of(recipe: Recipe) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(stack["folder"], stack["model"], name)
+    trainer = make_trainer(stack, recipe)
     requests = []  # (temperature, responses) of every call for rollouts
     generate = trainer.generator.generate
 
@@ -92,7 +102,7 @@ def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.Mon
     stack["version"] = trainer.weights_version
     assert ray.get(stack["engines"][0].weight_checksums.remote()) != before  # the policy moved, and the engine with it
 
-    metrics = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = metrics_of(recipe)
     assert [m["step"] for m in metrics] == [1, 2]
     for m in metrics:
         assert all(math.isfinite(value) for value in m.values())
@@ -101,3 +111,33 @@ def test_method_trains(stack: dict[str, Any], name: str, monkeypatch: pytest.Mon
     extra = {"j2": PROMPTS * GROUP, "j4": PROMPTS * GROUP, "aepo": GROUP, "scope_rl": GROUP}  # a quarter of the prompts
     per_step = [(1.0, PROMPTS * GROUP)] + ([(1.2, extra[name])] if name in extra else [])
     assert requests == per_step * 2
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dcpo", "all_wrong"), ("j2", "all_wrong"), ("grpo", "uniform")])
+def test_a_filtered_method_trains_and_its_record_replays(stack: dict[str, Any], name: str, kind: str) -> None:
+    made = make_recipe(stack["folder"], stack["model"], f"{name}-{kind}").model_dump()
+    made["train"] |= {"filter": kind, "filter_rounds": 3}
+    made["method"]["name"], made["rollout"]["record"] = name, True
+    recipe = Recipe.model_validate(made)
+    trainer = make_trainer(stack, recipe)
+    trainer.fit()
+    stack["version"] = trainer.weights_version
+    metrics = metrics_of(recipe)
+    assert any(m["filter/rounds"] > 1 for m in metrics) and len(metrics) == 2
+    for m in metrics:
+        assert m["filter/kept"] + m["filter/short"] == PROMPTS <= m["filter/drawn"] and m["policy/grad_norm"] > 0
+        rate = m["group/all_wrong"] + (m["group/all_correct"] if kind == "uniform" else 0.0)
+        assert m["filter/drawn"] * (1 - rate) == pytest.approx(m["filter/kept"] + m["filter/surplus"])
+        assert (m["group/all_wrong"] > 0) or m["filter/rounds"] == 1, "metrics are of all that was drawn"
+    assert trainer.prompts.epoch * 8 + trainer.prompts.position == sum(m["filter/drawn"] for m in metrics)
+
+    again = recipe.model_dump()
+    again["run"]["dir"] = stack["folder"] / f"{name}-{kind}-again"
+    again["rollout"] |= {"record": False, "replay": recipe.run.dir}
+    replayed = make_trainer(stack, Recipe.model_validate(again))
+    for step in (1, 2):
+        replayed.weights_version = metrics[step - 1]["weights/version"] - 1
+        samples = replayed.rollout(step)
+        assert replayed.filtered == {name: value for name, value in metrics[step - 1].items() if "filter/" in name}
+        rate = float(torch.cat([s.scores for s in samples]).double().mean())
+        assert rate == metrics[step - 1]["rollout/success_rate"]

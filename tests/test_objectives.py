@@ -17,6 +17,7 @@ from dcpo_openrlhf.methods import (
     expected_weight,
     method_advantage,
     penalty_weight,
+    rewards_solved_groups,
 )
 from dcpo_openrlhf.objectives import (
     clipped_surrogate,
@@ -373,6 +374,11 @@ def test_every_method_differs_from_grpo():
         policy_rows = tensors_of(make_batch())
         _, grpo = loss_of(METHODS["grpo"], policy_rows, reference.Settings())
         assert torch.equal(gradient, grpo) == (name == "grpo"), name
+
+
+def test_which_methods_train_on_groups_of_right_responses_alone():
+    r_beside_a = {"dcpo", "j1", "j2", "j3", "j4", "dcpo_wo_double_is", "dcpo_expected", "scope_rl"}
+    assert {name for name, method in METHODS.items() if rewards_solved_groups(method)} == r_beside_a
 
 
 # ---- invariants -----------------------------------------------------------------------------------------------------

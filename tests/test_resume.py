@@ -55,14 +55,17 @@ class Runs:
             """
         )
 
-    def record(self) -> None:
-        """Responses of random tokens, half of which end in the right answer, as a run would have recorded them."""
+    def record(self, name: str = "recorded", *, unsolved: int = 0, rounds: int = 1) -> None:
+        """Responses of random tokens, half of which end in the right answer, as a run would have recorded them.
+
+        Of every request's prompts the first `unsolved` have no right answer; so many requests a step.
+        """
         from dcpo_openrlhf.rollout.replay import Recorder
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
         prompts, _ = train_dcpo._prompts(load_recipe(self.recipe), tokenizer)
-        recorder = Recorder(Invented(tokenizer), self.folder / "recorded")
-        for step in range(1, STEPS + 1):
+        recorder = Recorder(Invented(tokenizer, unsolved), self.folder / name)
+        for step, drawn in ((step, i * PROMPTS) for step in range(1, STEPS + 1) for i in range(rounds)):
             chosen = prompts.take(PROMPTS)
             recorder.generate(
                 [p.text for p in chosen],
@@ -73,6 +76,7 @@ class Runs:
                 n_samples=GROUP,
                 temperature=1.0,
                 top_p=1.0,
+                **({"first": drawn} if drawn else {}),
             )
 
     def start(self, name: str, *overrides: str) -> "Run":
@@ -92,8 +96,8 @@ def favour_seven(path: Path) -> None:
 class Invented:
     """Stands for the engines: random tokens, the same ones at every call."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, unsolved: int = 0) -> None:
+        self.tokenizer, self.unsolved = tokenizer, unsolved
 
     def generate(
         self, prompts: list[str], labels: list[str], *, step: int, n_samples: int, max_len: int, **_: Any
@@ -104,10 +108,11 @@ class Invented:
         ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         answer = self.tokenizer(" 7", add_special_tokens=False)["input_ids"]
         samples = []
-        for prompt, prompt_ids, label in zip(prompts, ids, labels, strict=True):
+        for i, (prompt, prompt_ids, label) in enumerate(zip(prompts, ids, labels, strict=True)):
             for k in range(n_samples):
                 length = int(torch.randint(2, NEW_TOKENS, (), generator=generator))
-                response = torch.randint(3, 256, (length,), generator=generator).tolist() + answer * (k % 2)
+                right = k % 2 if i >= self.unsolved else 0
+                response = torch.randint(3, 256, (length,), generator=generator).tolist() + answer * right
                 tokens = torch.tensor([prompt_ids + response])
                 mask = torch.zeros_like(tokens)
                 mask[:, len(prompt_ids) :] = 1
@@ -306,6 +311,25 @@ def test_a_resume_keeps_what_other_methods_carry_and_the_course_of_the_target(ru
         assert len({m["dcpo/entropy_coefficient"] for m in metrics}) > 2
     if name == "entropic":
         assert len({m["dcpo/sample_weight"] for m in metrics}) > 3
+
+
+@pytest.mark.slow
+def test_a_step_of_several_rounds_resumes_with_the_very_next_prompt(runs: Runs) -> None:
+    """Each request's first two groups are all wrong: two rounds of four fill a step of four."""
+    runs.record("refilled", unsolved=2, rounds=2)
+    filtered = ("train.filter=all_wrong", f"rollout.replay={runs.folder}/refilled")
+    whole = runs.start("filtered", "checkpoint.keep_last=9", *filtered).end()
+    for step, m in enumerate(whole.metrics(), start=1):
+        expected = {"drawn": 8, "kept": 4, "surplus": 0, "rounds": 2, "short": 0}
+        assert {name: m[f"filter/{name}"] for name in expected} == expected
+        assert m["rollout/success_rate"] == 0.25 and m["group/all_wrong"] == 0.5 and m["policy/grad_norm"] > 0
+        if step % 2 == 0:  # eight problems
+            assert whole.state(step)["prompts"]["epoch"] == step - 1 and whole.state(step)["prompts"]["position"] == 8
+    point = whole.folder / "checkpoints/step_000002"
+    last = runs.start("filtered-resumed", f"checkpoint.resume={point}", *filtered).end()
+    assert last.metrics() == whole.metrics()[2:]
+    assert last.prompts() == whole.prompts()[2:]
+    assert last.policy_sums(STEPS) == whole.policy_sums(STEPS) and last.state(STEPS) == whole.state(STEPS)
 
 
 @pytest.mark.long

@@ -27,17 +27,19 @@ class Cost:
         """cost/* of one step; `seconds` holds its time/*."""
         responses = torch.cat([e.response_length for e in experiences]).double()
         totals = torch.cat([e.attention_mask.sum(1) for e in experiences]).double()
+        rows = torch.cat([torch.full((len(e.attention_mask),), not e.aside) for e in experiences])
         trained = seconds["time/token_stats"] + seconds["time/train"]
         found = {
             "cost/generation_tokens_per_second": float(responses.sum())
             / max(seconds["time/rollout"], 1e-9)
             / self.engine_devices,
-            "cost/training_tokens_per_second": float(totals.sum()) / max(trained, 1e-9) / self.training_devices,
+            "cost/training_tokens_per_second": float(totals[rows].sum()) / max(trained, 1e-9) / self.training_devices,
             "cost/engine_idle": 1 - seconds["time/rollout"] / max(seconds["time/step"], 1e-9),
             "cost/trainer_idle": 1 - trained / max(seconds["time/step"], 1e-9),
         }
         if self.sizes is not None and self.peak_flops:
-            flops = 4 * self.forward_flops(totals, responses)  # token statistics, and 3 for an update
+            # token statistics of all rows, and thrice as many for updates on those that are trained on
+            flops = self.forward_flops(totals, responses) + 3 * self.forward_flops(totals[rows], responses[rows])
             found["cost/mfu"] = flops / max(trained, 1e-9) / (self.training_devices * self.peak_flops)
         return found
 

@@ -21,6 +21,13 @@ METRICS: dict[str, str] = {
     "group/distinct_answers": "different answers in a group (none counts as one), mean over groups",
     "group/all_correct": "share of the groups with correct responses alone",
     "group/all_wrong": "share of the groups without a correct response",
+    "filter/drawn": "groups that the step drew: those of all rollout/, group/ and entropy/ metrics; filter/* only with "
+    "train.filter",
+    "filter/kept": "groups that passed train.filter and are trained on, train.prompts_per_step at most",
+    "filter/surplus": "groups that passed it when the step was full already; not trained on",
+    "filter/rounds": "times that the engines were asked for groups, train.filter_rounds at most",
+    "filter/short": "groups still missing then, train.prompts_per_step - filter/kept: dropped ones stand in, at an "
+    "advantage of 0; group/all_wrong and group/all_correct say why they were dropped, events.jsonl in words",
     "entropy/exact": "H [nats/token]: over the whole vocabulary, of pi_old at T = 1, mean over tokens",
     "entropy/sampled": "-log pi_old of the sampled tokens [nats/token], mean over tokens",
     "entropy/gap": "exact - sampled [nats/token]; near 0 where the engine samples from pi_old",
@@ -72,8 +79,8 @@ METRICS: dict[str, str] = {
     "monitor/success_change": "rise of the line through rollout/success_rate over the window",
     "monitor/form_change": "rise of the line through rollout/form over the window",
     "cost/generation_tokens_per_second": "response tokens / time/rollout / engine devices",
-    "cost/training_tokens_per_second": "tokens of the rows, each with its prompt / (time/token_stats + time/train) / "
-    "training devices",
+    "cost/training_tokens_per_second": "tokens of the rows trained on, each with its prompt / (time/token_stats + "
+    "time/train) / training devices",
     "cost/mfu": "FLOPs of the model for statistics and updates, a shared prompt once, / their seconds / the training "
     "devices' peak (on cpu as measured at the start, in the model's format); only with a device whose peak is known",
     "cost/engine_idle": "share of the step in which the engines do not generate",

@@ -35,8 +35,8 @@ def batch_metrics(
 ) -> dict[str, float]:
     """rollout/*, group/*, entropy/*, mismatch/* and dcpo/* of one step's responses, in one pass over their tokens.
 
-    Rows of all experiences together follow `grades`; `prompts` has one entry a group. `alpha` as used, before mixing.
-    A row's response is one run of tokens; padding may hold anything. Token means weigh every token alike.
+    Rows of all experiences together, groups that are left aside too, follow `grades`; `prompts` has one entry a group;
+    `alpha` as used, before mixing. A response is one run of tokens, padding anything; means weigh every token alike.
     """
     advantage_weight = objectives.mixing_weights(alpha=alpha, mixing=mixing)[0]
     responses = sum(len(e.rewards) for e in experiences)
@@ -109,8 +109,10 @@ def _row_sums(
     trainer, engine = inside(e.action_log_probs), inside(e.rollout_log_probs)
     entropy, ratio = inside(e.entropy), inside(e.target_ratio)
     difference = (trainer.exp() - engine.exp()).abs_()
-    advantage = reduce(torch.add, [inside(term) for term in e.advantage_terms])
+    advantage = reduce(torch.add, [inside(term) for term in e.advantage_terms] or [torch.zeros_like(trainer)])
     group = advantage_weight * objectives.group_advantage(reward=e.rewards, group_size=group_size)[some]
+    if e.filler is not None:
+        group = group.masked_fill(e.filler[some], 0.0)
     regulariser = (advantage - group[:, None]).abs_().masked_fill_(outside, 0.0)
     log_ratio = ratio.log().clamp_(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).masked_fill_(outside, 2 * LOG_RATIO_BOUND)
     tokens = mask.sum(1)
@@ -140,7 +142,9 @@ def _regulariser_share(experiences: Sequence[DCPOExperience], rows: dict[str, Te
     On rows drawn from pi_old^T all of the advantage is the regulariser's; dcpo_expected's is its weight on each token.
     """
     parts = [(e, torch.zeros_like(e.rewards)) for e in experiences]
-    replaced = torch.cat([n.bool() if e.replaced is None else e.replaced for e, n in parts])
+    replaced = torch.cat(
+        [torch.full_like(n, e.aside, dtype=torch.bool) if e.replaced is None else e.replaced for e, n in parts]
+    )
     weight = torch.cat([n if e.expected_weight is None else e.expected_weight for e, n in parts])
     expected = weight.abs() * rows["tokens"]
     drawn = sum(

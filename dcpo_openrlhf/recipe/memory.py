@@ -309,7 +309,8 @@ def report(s: Sizes, recipe: Recipe) -> str:
         f"model: {s.parameters / 1e9:.2f} B parameters"
         + (f", {s.active_parameters / 1e9:.2f} B active a token" if s.experts else ""),
         f"step: {t.prompts_per_step} prompts x {t.group_size} responses, {recipe.updates_per_step} updates; "
-        f"up to {r.max_prompt_tokens} + {r.max_new_tokens} tokens each",
+        f"up to {r.max_prompt_tokens} + {r.max_new_tokens} tokens each"
+        + ("" if t.filter == "none" else f"; {t.filter} filtered, up to {t.filter_rounds} times as many prompts drawn"),
     ]
     if not t.rollout_only:
         lines += [

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dcpo_openrlhf.methods import METHODS
+from dcpo_openrlhf.methods import METHODS, rewards_solved_groups
 from dcpo_openrlhf.recipe import families, memory, model_config, moving, packages, processor, resume, weights
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 
@@ -143,6 +143,11 @@ def _method(recipe: Recipe) -> Iterator[str]:
         close = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         yield f"method.name = {name!r} is not a row of methods.METHODS; {hint}choose one of {', '.join(METHODS)}"
+    elif recipe.train.filter == "uniform" and rewards_solved_groups(METHODS[name]):
+        yield (
+            f"train.filter = uniform drops groups of right responses alone, and method.name = {name} trains on their "
+            f"R: {METHODS[name].equation}; set train.filter=all_wrong, whose groups have none"
+        )
 
 
 def _reward(recipe: Recipe) -> Iterator[str]:

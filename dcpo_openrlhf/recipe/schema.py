@@ -126,6 +126,9 @@ class Optimizer(Section):
     """Share of the optimizer's state that is kept and stepped in host memory, cuda only (megatron-core's offload)."""
 
 
+GroupFilter = Literal["none", "all_wrong", "uniform"]
+
+
 class Train(Section):
     steps: Positive = 100
     """Rollout steps."""
@@ -134,6 +137,12 @@ class Train(Section):
     """Prompts of one optimizer step; prompts_per_step / prompts_per_update updates a step."""
     group_size: Annotated[int, Field(ge=1)] = 8
     """G, responses per prompt."""
+    filter: GroupFilter = "none"
+    """Groups that are not trained on: all_wrong: those without a success; uniform: also those of successes alone
+    (DAPO's dynamic sampling), which dcpo's R forbids. Further prompts take their place; metrics are of all drawn."""
+    filter_rounds: Positive = 4
+    """Times that a step's engines are asked for groups, at most, until train.filter has kept prompts_per_step. What is
+    missing then is filled up with dropped groups, at an advantage of 0."""
     micro_batch_size: Positive = 8
     """Rows of one forward/backward on one data-parallel rank; not used where micro_batch_tokens is set."""
     micro_batch_tokens: Positive | None = None
@@ -207,7 +216,8 @@ class Rollout(Section):
     cpu_threads: Positive | None = None
     """Threads of one engine on cpu; None: all cores divided by the engines."""
     timeout: Annotated[float, Field(gt=0)] = 7200.0
-    """Seconds for one step's responses before the run is ended with an error; --dry-run says what they may take."""
+    """Seconds for one step's responses, of each round of train.filter, before the run is ended with an error; --dry-run
+    says what they may take."""
     heartbeat: Annotated[float, Field(gt=0)] = 120.0
     """Seconds until an engine at work that does not answer is killed; more than a forward or a weight bucket takes."""
     restarts: Annotated[int, Field(ge=0)] = 3

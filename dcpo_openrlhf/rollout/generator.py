@@ -48,6 +48,7 @@ class DCPOSamplesGenerator(SamplesGenerator):
         labels: Sequence[str],
         *,
         step: int,
+        first: int = 0,
         n_samples: int,
         max_new_tokens: int,
         max_len: int,
@@ -57,7 +58,8 @@ class DCPOSamplesGenerator(SamplesGenerator):
     ) -> list[Experience]:
         """One Experience [1, T] a response: prompts in the order given, the `n_samples` of a prompt consecutive.
 
-        max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples. Raises
+        max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples; the prompts'
+        indices count from `first`, how many the step has asked for before. Raises
         ValueError for a prompt without room, RuntimeError naming the engine that failed or did not answer in time.
         """
         if temperature == 0 and n_samples > 1:
@@ -66,7 +68,7 @@ class DCPOSamplesGenerator(SamplesGenerator):
         for prompt, ids in zip(prompts, token_ids, strict=True):
             require_room(ids, max_new_tokens, max_len, prompt)
         requests = []
-        for index, (prompt, label, ids) in enumerate(zip(prompts, labels, token_ids, strict=True)):
+        for index, (prompt, label, ids) in enumerate(zip(prompts, labels, token_ids, strict=True), start=first):
             params = self._sampling_params(
                 seed=request_seed(self.seed, step, index),
                 max_tokens=max_new_tokens,
@@ -111,7 +113,7 @@ class DCPOSamplesGenerator(SamplesGenerator):
     ) -> tuple[list[Experience], int, bool]:
         """OpenRLHF's loop over a dataloader, by `generate`; kept so that its generate_samples works."""
         if dynamic_filtering:
-            raise ValueError("dynamic filtering needs rewards in the engine; here they are computed after generation")
+            raise ValueError("dynamic filtering needs rewards in the engine; here they come after it: use train.filter")
         prompts, labels, _, exhausted = _collect_prompt_batch(dataloader_iter, num_prompts)
         if not prompts:
             return [], 0, True

@@ -21,7 +21,7 @@ def step(prompts: list[int], responses: list[int]) -> list[Any]:
     """One update of rows of these lengths, padded on the left."""
     total = max(p + r for p, r in zip(prompts, responses, strict=True))
     mask = torch.stack([torch.arange(total) >= total - p - r for p, r in zip(prompts, responses, strict=True)])
-    return [SimpleNamespace(attention_mask=mask, response_length=torch.tensor(responses))]
+    return [SimpleNamespace(attention_mask=mask, response_length=torch.tensor(responses), aside=False)]
 
 
 def cost(**changes: Any) -> Cost:
@@ -46,6 +46,18 @@ def test_metrics_by_hand() -> None:
     assert found["cost/mfu"] == pytest.approx(4 * (2 * active * tokens + 2 * 28 * 3584 * pairs) / 5 / 4e12, rel=1e-4)
     unshared = cost(share_prompts=False).metrics(step([3, 3, 5, 5], [2, 4, 1, 6]), SECONDS)
     assert unshared["cost/mfu"] == pytest.approx(found["cost/mfu"] * 29 / 21, rel=1e-3)
+
+
+def test_groups_that_are_left_are_generated_and_seen_and_not_trained_on() -> None:
+    trained, left = step([3, 3, 5, 5], [2, 4, 1, 6]), step([4, 4], [3, 2])
+    alone, as_if_trained = (cost().metrics(e, SECONDS) for e in (trained, left))
+    left[0].aside = True
+    both = cost().metrics([*trained, *left], SECONDS)
+    assert both["cost/generation_tokens_per_second"] == (13 + 5) / 2 / 2
+    assert both["cost/training_tokens_per_second"] == alone["cost/training_tokens_per_second"]
+    assert both["cost/mfu"] == pytest.approx(
+        alone["cost/mfu"] + as_if_trained["cost/mfu"] / 4
+    )  # a forward, of 4 passes
 
 
 @pytest.mark.parametrize("unknown", ["sizes", "peak_flops"])

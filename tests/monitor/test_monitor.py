@@ -257,6 +257,34 @@ def test_the_share_counts_rows_drawn_at_t_and_the_expected_regulariser(method: s
     assert metrics["dcpo/regulariser_share"] == pytest.approx(extra / (own + extra), rel=1e-5)
 
 
+def test_groups_that_are_left_count_everywhere_but_in_the_regularisers_share() -> None:
+    rows, size = random_rows(6 * GROUP), 3 * GROUP
+    grades = [Grade(r["reward"], r["answer"], success=r["success"]) for r in rows]
+    prompts = [prompt(i) for i in range(6)]
+
+    def found(updates: list[DCPOExperience]) -> dict[str, float]:
+        count = sum(len(e.rewards) for e in updates)
+        said = {"grades": grades[:count], "prompts": prompts[: count // GROUP]}
+        return batch_metrics(updates, **said, alpha=ALPHA, mixing="convex")
+
+    update, left = experience(rows[:size], "dcpo"), experience(rows[size:], "dcpo")
+    whole, alone = found([update, left]), found([update])
+    left.aside, left.advantage_terms = True, ()
+    metrics = found([update, left])
+    assert metrics.pop("dcpo/regulariser_share") == alone["dcpo/regulariser_share"] != whole["dcpo/regulariser_share"]
+    assert metrics == {name: value for name, value in whole.items() if name != "dcpo/regulariser_share"}
+
+
+def test_the_regulariser_of_a_group_that_fills_a_step_is_all_of_its_advantage() -> None:
+    rows = random_rows(2 * GROUP)
+    found = experience(rows, "grpo")
+    found.filler = torch.arange(2 * GROUP) < GROUP
+    found.advantage_terms = (found.advantage_terms[0].masked_fill(found.filler[:, None], 0.0),)
+    grades = [Grade(r["reward"], r["answer"], success=r["success"]) for r in rows]
+    metrics = batch_metrics([found], grades=grades, prompts=[prompt(0), prompt(1)], alpha=0.0, mixing="convex")
+    assert metrics["dcpo/regulariser_share"] == 0.0
+
+
 def test_padding_split_and_order_of_groups_change_nothing() -> None:
     rows = random_rows(6 * GROUP)
     expected = metrics_of(rows)
@@ -553,6 +581,7 @@ def make_trainer(recipe: Recipe) -> Any:
         grader=SimpleNamespace(timeouts=1, crashes=0, failures=4),
         weights_version=5,
         checkpoints=SimpleNamespace(saved_step=1),
+        filtered={},
         grades=[Grade(r["reward"], r["answer"], success=r["success"], logs=LOGS) for r in rows],
         experiences=[experience(rows[: 2 * GROUP], "dcpo"), experience(rows[2 * GROUP :], "dcpo")],
     )
@@ -565,7 +594,8 @@ def test_a_step_emits_the_metrics_of_the_table_and_no_other(tmp_path: Path) -> N
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, **metrics}
     assert list(unknown_metrics(list(metrics))) == []
     stems = {re.sub(r"_\d+$", "_N", name).replace("reward/mine", "reward/NAME") for name in metrics}
-    asked_for = {name for name, meaning in METRICS.items() if "only with" in meaning or name.startswith("correction/")}
+    parts = ("correction/", "filter/")
+    asked_for = {name for name, meaning in METRICS.items() if "only with" in meaning or name.startswith(parts)}
     assert set(METRICS) - asked_for == stems | (set(METRICS) & set(metrics))
     assert (metrics["reward/failures"], metrics["reward/mine"], metrics["reward/overlong_penalty"]) == (4, 2.5, 0.5)
     assert metrics["dcpo/alpha"] == ALPHA and metrics["dcpo/no_success_steps"] == 2 and metrics["weights/version"] == 5

@@ -386,6 +386,16 @@ def test_unknown_method(violations: Check) -> None:
     assert "grpo" in line
 
 
+def test_methods_that_train_on_solved_groups_take_no_filter_that_drops_them(violations: Check) -> None:
+    line = only(violations({"method.name": "dcpo", "train.filter": "uniform"}))
+    assert line.startswith(
+        "train.filter = uniform drops groups of right responses alone, and method.name = dcpo trains"
+    )
+    assert "avg S(A + α ρ R)" in line and "train.filter=all_wrong" in line
+    for name, kind in (("dcpo", "all_wrong"), ("grpo", "uniform"), ("grpo", "all_wrong")):
+        assert violations({"method.name": name, "train.filter": kind}) == []
+
+
 def test_all_violations_are_reported_at_once(violations: Check, tmp_path: Path, taken_port: int) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()

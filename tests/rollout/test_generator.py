@@ -9,8 +9,9 @@ import pytest
 import torch
 from vllm.logprobs import FlatLogprobs, append_logprobs_for_next_position
 
+from dcpo_openrlhf.rollout import generator
 from dcpo_openrlhf.rollout.engine import response
-from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator, experience
+from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator, experience, request_seed
 
 PROMPT = [7, 150_001, 9]
 
@@ -66,3 +67,26 @@ def test_an_experience_has_memory_of_its_own() -> None:
     made = experience(arrays, "", "", max_len=9)
     made.sequences[0, 0], made.rollout_log_probs[0, 0] = 1, -1.0
     assert arrays.tokens.tolist() == [*PROMPT, 11] and arrays.log_probs.tolist() == [np.float32(-0.5)]
+
+
+def test_a_steps_further_prompts_have_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def answer(requests: list[dict[str, Any]], **_: Any) -> list[Any]:
+        asked.extend(request["sampling_params"].seed for request in requests)
+        return [[response(PROMPT, sample([11], [-0.5]), 0)] for _ in requests]
+
+    monkeypatch.setattr(generator.EnginePool, "of", lambda _: SimpleNamespace(generate=answer))
+    fake: Any = SimpleNamespace(
+        tokenizer=lambda text, **_: {"input_ids": [PROMPT] * len(text)},
+        seed=1,
+        vllm_engines=[],
+        timeout_s=1.0,
+        stop_token_ids=[0],
+    )
+    fake._sampling_params = lambda **kwargs: DCPOSamplesGenerator._sampling_params(fake, **kwargs)
+    for first, count in ((0, 3), (3, 2)):
+        said = {"step": 7, "n_samples": 1, "max_new_tokens": 4, "max_len": 9}
+        made = DCPOSamplesGenerator.generate(fake, ["a"] * count, ["7"] * count, **said, first=first)
+        assert len(made) == count
+    assert asked == [request_seed(1, 7, index) for index in range(5)]
