@@ -6,7 +6,6 @@ python -m dcpo_openrlhf.train_dcpo --recipe FILE [section.key=value ...] [--dry-
 import argparse
 import contextlib
 import datetime
-import fnmatch
 import importlib
 import logging
 import os
@@ -16,17 +15,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import local_ray, signals
 from dcpo_openrlhf.errors import RunError
-from dcpo_openrlhf.grading import question
 from dcpo_openrlhf.monitor.causes import MonitorStop
+from dcpo_openrlhf.prompts import read_prompts
 from dcpo_openrlhf.recipe import preflight, resume
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
-from dcpo_openrlhf.reward.pool import check_question, chosen_grader
 from dcpo_openrlhf.rollout import chat, tasks
 from dcpo_openrlhf.signals import Interrupted
 
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not lacking:
                 tokenizer = _tokenizer(recipe)
                 recipe = _dated(recipe, tokenizer)
-                _prompts(recipe, tokenizer)  # the data's errors too, where data and model are here
+                read_prompts(recipe, tokenizer)  # the data's errors too, where data and model are here
             print(resolved_yaml(recipe) + preflight.plan(recipe, lacking))
             return 0
         for hint in preflight.hints(recipe):
@@ -102,7 +99,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     """
     tokenizer = _tokenizer(recipe)
     recipe = _dated(recipe, tokenizer)
-    prompts, heldout = _prompts(recipe, tokenizer)  # data errors come before anything is started
+    prompts, heldout = read_prompts(recipe, tokenizer)  # data errors come before anything is started
     point = resume.resume_point(recipe)
     if point is not None:
         prompts.load_state_dict(point.state()["prompts"])
@@ -204,35 +201,6 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _prompts(recipe: Recipe, tokenizer: Any) -> tuple[tasks.PromptStream, list[tasks.Prompt]]:
-    """The endless training prompts and the held-out ones; every prompt is checked to fit."""
-    t = recipe.task
-    if t.kind == "arithmetic":
-        train = tasks.arithmetic(level=t.level, split="train", seed=recipe.run.seed)
-        heldout = tasks.arithmetic(level=t.level, split="heldout", seed=recipe.run.seed)
-    else:
-        assert t.train is not None
-        train = tasks.load_jsonl(t.train)
-        heldout = tasks.load_jsonl(t.heldout) if t.heldout else []
-    heldout = heldout[: recipe.evaluation.problems]
-    _check_sources(recipe, [*train, *heldout])
-    _check_answers(recipe, train, t.train)
-    _check_answers(recipe, heldout, t.heldout)
-    template = tasks.prompt_template(t.template)
-    how: Any = {"system": t.system, "chat": t.chat, "variables": t.chat_template_kwargs, "date": t.date}
-    chat.check_variables(tokenizer, t.chat_template_kwargs)
-    chat.stop_tokens(tokenizer, chat=t.chat, stop=recipe.rollout.stop)  # for its errors
-
-    def texts(problems: Sequence[tasks.Problem]) -> list[str]:
-        return [chat.render(p, tokenizer=tokenizer, template=template, **how) for p in problems]
-
-    train_texts, r = texts(train), recipe.rollout
-    heldout_prompts = [tasks.Prompt(p, text) for p, text in zip(heldout, texts(heldout), strict=True)]
-    everything = [tasks.Prompt(p, text) for p, text in zip(train, train_texts, strict=True)] + heldout_prompts
-    tasks.check_prompt_lengths(everything, tokenizer=tokenizer, context=r.context, max_new_tokens=r.max_new_tokens)
-    return tasks.PromptStream(train, prompts=train_texts, seed=recipe.run.seed), heldout_prompts
-
-
 def _dated(recipe: Recipe, tokenizer: Any) -> Recipe:
     """The recipe with today as task.date where that is open and the chat template writes the date."""
     t = recipe.task
@@ -245,28 +213,6 @@ def _dated(recipe: Recipe, tokenizer: Any) -> Recipe:
 
 def _today() -> datetime.date:
     return datetime.date.today()
-
-
-def _check_sources(recipe: Recipe, problems: Sequence[tasks.Problem]) -> None:
-    """Raise TaskError for a source in reward.by_source that no problem has: a slip there changes who grades."""
-    sources = sorted({problem.source for problem in problems})
-    if idle := [p for p in recipe.reward.by_source if p != "*" and not fnmatch.filter(sources, p) and p not in sources]:
-        raise tasks.TaskError(
-            f"reward.by_source names {', '.join(idle)}, the source of no problem; the sources are "
-            f"{', '.join(sources[:8])}{' ...' if len(sources) > 8 else ''}: correct the name or drop it"
-        )
-
-
-def _check_answers(recipe: Recipe, problems: Sequence[tasks.Problem], file: Path | None) -> None:
-    """Raise TaskError where the grader could not take an answer: it would end the run at the step that reads it."""
-    r = recipe.reward
-    for line, problem in enumerate(problems, start=1):
-        try:
-            grader = chosen_grader(problem.source, default=r.default, by_source=r.by_source)
-            check_question(grader, question(problem))
-        except ValueError as error:
-            where = f"{file}:{line}" if file else f"problem {problem.id!r}"
-            raise tasks.TaskError(f"{where}: {error}") from None
 
 
 @contextlib.contextmanager

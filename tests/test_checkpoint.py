@@ -317,6 +317,8 @@ def test_data_that_moved_are_known_by_their_fingerprint(tmp_path: Path) -> None:
         for place in ("here", "there")
     )
     assert differences(here.model_dump(mode="json"), there)[0] == []
+    listed = {"train": [{"path": "x/train.parquet"}, "y"], "fields": {"problem": "prompt"}}
+    assert differences(here.model_dump(mode="json"), make_recipe(tmp_path, task=listed))[0] == []
 
 
 def test_a_file_that_only_another_node_sees_is_an_error(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dcpo_openrlhf"
 LEVELS = (
     ("train_dcpo",),
     ("trainer",),
-    ("assemble",),
+    ("assemble", "prompts"),
     ("monitor",),
     ("experience_maker", "grading", "group_filter"),
     ("experience",),

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dcpo_openrlhf import checkpoint, local_ray, train_dcpo
+from dcpo_openrlhf import checkpoint, local_ray
+from dcpo_openrlhf.prompts import read_prompts
 from dcpo_openrlhf.recipe.load import load_recipe
 from tests.bounds import ENDS_S, HANG_S
 from tests.tiny import make_tiny_model
@@ -63,7 +64,7 @@ class Runs:
         from dcpo_openrlhf.rollout.replay import Recorder
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
-        prompts, _ = train_dcpo._prompts(load_recipe(self.recipe), tokenizer)
+        prompts, _ = read_prompts(load_recipe(self.recipe), tokenizer)
         recorder = Recorder(Invented(tokenizer, unsolved), self.folder / name)
         for step, drawn in ((step, i * PROMPTS) for step in range(1, STEPS + 1) for i in range(rounds)):
             chosen = prompts.take(PROMPTS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gzip
 import json
 import os
 import shutil
@@ -122,9 +123,8 @@ def test_empty_jsonl(main: Main, tmp_path: Path) -> None:
     [
         ('{"id": ', "train.jsonl:2: not JSON"),
         ("[1]", "train.jsonl:2: list instead of an object"),
-        ("", "train.jsonl:2: not JSON"),
-        ({"id": "b", "problem": "x"}, "train.jsonl:2: missing answer, source"),
-        (PROBLEM | {"id": "b", "answer": 2}, "train.jsonl:2: answer is 2 (int); write it as a string"),
+        ({"id": "b", "problem": "x"}, "train.jsonl:2: missing answer; the keys are id, problem"),
+        (PROBLEM | {"id": "b", "answer": 2.5}, "train.jsonl:2: answer is 2.5 (float); write it as a string"),
         (PROBLEM, "train.jsonl:2: id 'a' is already on line 1"),
     ],
 )
@@ -192,6 +192,43 @@ def test_prompt_longer_than_its_room(main: Main, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text(json.dumps(PROBLEM))
     err = error_of(main("task.kind=jsonl", f"task.train={tmp_path}/short.jsonl", heldout), tmp_path)
     assert "prompt 'long' has" in err
+
+
+def test_data_of_other_columns_and_forms(main: Main, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "1+1?"}]
+    rows = [{"prompt": turns, "truth": {"value": n}, "set": "sums"} for n in (2, 3)]
+    (tmp_path / "chat.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    names = "{problem: prompt, answer: truth.value, source: set}"
+    files = (
+        f"[{{path: {tmp_path}/chat.jsonl.gz, weight: 2, fields: {names}}}, {{path: {tmp_path}/train.jsonl, weight: 1}}]"
+    )
+    jsonl(tmp_path, PROBLEM, {"problem": "2+2?", "answer": 4})
+    held = f"task.heldout={tmp_path}/train.jsonl"
+    arguments = (
+        "task.kind=jsonl",
+        f"task.train={files}",
+        held,
+        "reward.by_source={sums: last_integer, train.jsonl: boxed}",
+    )
+    assert main("--dry-run", *arguments)[0] == 0
+    err = error_of(main(*arguments, "task.system=S"), tmp_path)
+    assert "problem 'chat.jsonl.gz:1' is chat messages, which take no task.system = 'S'" in err
+    err = error_of(
+        main("task.kind=jsonl", f"task.train={tmp_path}/chat.jsonl.gz", "task.fields={problem: prompt}"), tmp_path
+    )
+    assert err.startswith(
+        f"error: {tmp_path}/chat.jsonl.gz:1: missing answer; the keys are prompt, truth, set; name the"
+    )
+
+
+def test_data_without_answers_are_for_functions(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(batch):\n    return [0.0] * len(batch)\n")
+    data = ("task.kind=jsonl", jsonl(tmp_path, {"problem": "A poem."}), "task.fields={answer: null}")
+    assert main("--dry-run", *data, f"reward.function={tmp_path}/mine.py:f")[0] == 0
+    err = error_of(main(*data), tmp_path)
+    assert err.startswith(f"error: {tmp_path}/train.jsonl:1: task.fields.answer = null, and reward.extractor = boxed")
+    err = error_of(main(*data, "reward.extractor=last_integer"), tmp_path)
+    assert err.startswith(f"error: {tmp_path}/train.jsonl:1: extractor \"last_integer\" needs integer answers, not ''")
 
 
 def test_other_data_errors(main: Main, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from dcpo_openrlhf.reward.extract import extract_boxed
-from dcpo_openrlhf.rollout.tasks import JSONL_KEYS, Problem
+from dcpo_openrlhf.rollout.data import KEYS
+from dcpo_openrlhf.rollout.problems import Problem
 from tools.data_rows import PrepareError, Row
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "Question")
@@ -66,7 +67,7 @@ def _as_problem(name: str, row: Row, *, index: int, place: str, origin: str) -> 
         id=_id(name, row, index, place),
         problem=text,
         answer=answer,
-        source=row["source"] if set(JSONL_KEYS) <= row.keys() and isinstance(row["source"], str) else origin,
+        source=row["source"] if set(KEYS) <= row.keys() and isinstance(row["source"], str) else origin,
     )
 
 

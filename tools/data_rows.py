@@ -1,56 +1,47 @@
 """Rows of data files as they come: (place, row), where the place names file and line for an error."""
 
 import csv
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from dcpo_openrlhf.rollout.data import KEYS, OWN_NAMES, Names
+from dcpo_openrlhf.rollout.files import SUFFIXES, Row, files_of, rows_of
 
 
 class PrepareError(ValueError):
     """Data that cannot be had or read; names the place, the value and the remedy."""
 
 
-Row = Mapping[str, Any]
-
-
 def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) of a .jsonl, .json, .csv or .parquet file. Raises PrepareError that names file and line."""
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise PrepareError(f"{path}: the file name ends in none of {', '.join(readers)}; convert or rename it")
+    """(place, row) of what a run reads too (rollout/files.py), or of a .csv file.
+
+    Raises PrepareError or TaskError that names file and line.
+    """
+    if path.suffix != ".csv":
+        if not path.is_dir() and not path.name.endswith(SUFFIXES):
+            raise PrepareError(f"{path}: the name ends in none of {', '.join(SUFFIXES)}, .csv; convert or rename it")
+        parts = map(rows_of, files_of(path))
+        return [(rows.place(i), row) for rows in parts for i, row in enumerate(rows.scan())]
     try:
-        rows = readers[path.suffix](path)
+        rows = _csv_rows(path)
     except OSError as error:
         raise PrepareError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from error
     except UnicodeDecodeError as error:
         raise PrepareError(f"{path}: not UTF-8 ({error}); convert it") from error
     if not rows:
-        raise PrepareError(f"{path}: holds no rows; give a file with at least one problem")
-    for place, row in rows:
-        if not isinstance(row, Mapping):
-            raise PrepareError(f"{place}: {type(row).__name__} instead of an object; give one object a row")
+        raise PrepareError(f"{path}: is empty; give a file with at least one problem")
     return rows
 
 
-def _jsonl_rows(path: Path) -> list[tuple[str, Row]]:
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # splitlines would split at U+2028 too
-    return [(f"{path}:{n}", _parse(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line or len(lines) > 1]
-
-
-def _json_rows(path: Path) -> list[tuple[str, Row]]:
-    rows = _parse(path.read_bytes(), str(path))
-    if not isinstance(rows, list):
-        raise PrepareError(f"{path}: {type(rows).__name__} instead of a list of objects")
-    return [(f"{path}, entry {n}", row) for n, row in enumerate(rows, 1)]
-
-
-def _parse(text: bytes, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PrepareError(f"{place}: not JSON ({error}): {text[:60].decode(errors='replace')!r}") from error
+def names(pairs: Sequence[str]) -> Names:
+    """The columns of "KEY=COLUMN", as task.fields of a recipe has them. Raises PrepareError for another form."""
+    given = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(given) < len(pairs) or not given.keys() <= set(KEYS) or not all(given.values()):
+        raise PrepareError(
+            f"--fields {' '.join(pairs)}: the form is KEY=COLUMN, once for each KEY of {', '.join(KEYS)}"
+        )
+    return OWN_NAMES | given
 
 
 def _csv_rows(path: Path) -> list[tuple[str, Row]]:
@@ -73,14 +64,3 @@ def _csv_rows(path: Path) -> list[tuple[str, Row]]:
                 f"{path}:{reader.line_num}: not CSV ({error}); close the quotes, double inner ones"
             ) from error
     return rows
-
-
-def _parquet_rows(path: Path) -> list[tuple[str, Row]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise PrepareError(f"{path}: not a parquet file ({error})") from error
-    return [(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)]

@@ -25,7 +25,9 @@ from dcpo_openrlhf.grading import question
 from dcpo_openrlhf.recipe.preflight import why_not_imported
 from dcpo_openrlhf.reward.pool import BUILT_IN, Grade, GraderError, GraderPool, check_question
 from dcpo_openrlhf.rollout.chat import render, stop_tokens
+from dcpo_openrlhf.rollout.files import SUFFIXES, is_saved
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt, TaskError, check_prompt_lengths, prompt_template
+from tools.data_rows import names
 from tools.prepare_data import SET_OF_ALIAS, SOURCES, PrepareError, load_problems
 from tools.sample_file import EvaluationError, Key, Request, Sample, SampleFile
 from tools.sampler import Generate, Generator, ModelFolder, vllm_generator
@@ -142,6 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--data", type=Path, metavar="FILE", help="the benchmark's file, or a folder of NAME.jsonl; without it, the hub"
     )
+    add("--fields", nargs="+", metavar="KEY=COLUMN", help="columns of --data, as task.fields: problem=prompt")
     add("--problems", type=int, metavar="N", help="only the first N problems")
     add("--preset", choices=PRESETS, default="pass1", help="the paper's sampling settings; default: %(default)s")
     add("--samples", type=int, metavar="K", help="a problem; default: the preset's")
@@ -187,6 +190,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.top_p = preset.top_p if args.top_p is None else args.top_p
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error(f"temperature >= 0 and 0 < top-p <= 1 are needed, not {args.temperature} and {args.top_p}")
+    if args.fields and args.data is None:
+        parser.error("--fields names the columns of --data FILE; give the file")
     if not 0 < args.deadline <= LONGEST_DEADLINE:
         parser.error(f"--deadline is above 0 and at most {LONGEST_DEADLINE} [s], not {args.deadline:g}")
     if not 0 < args.gpu_memory_utilization <= 1 or not 0 < args.cpu_kv_cache_gb < math.inf:
@@ -206,10 +211,10 @@ def samples_of(benchmark: str, args: argparse.Namespace) -> int:
 def benchmark_problems(name: str, args: argparse.Namespace) -> list[Problem]:
     """The problems that are evaluated. Raises EvaluationError, PrepareError or TaskError."""
     path, canonical = args.data, SET_OF_ALIAS.get(name, name)
-    if path is not None and path.is_dir():
+    if path is not None and path.is_dir() and not is_saved(path):
         stems = [name, canonical, *(SOURCES[canonical].aliases if canonical in SOURCES else ())]
-        files = [path / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".csv", ".parquet")]
-        path = next((file for file in files if file.is_file()), None)
+        files = [path / f"{stem}{suffix}" for stem in stems for suffix in (*SUFFIXES, ".csv", "")]
+        path = next((file for file in files if file.exists()), None)
         if path is None:
             raise EvaluationError(f"{args.data}: holds none of {', '.join(dict.fromkeys(f.name for f in files))}")
     elif path is not None and len(args.benchmark) > 1:
@@ -220,7 +225,7 @@ def benchmark_problems(name: str, args: argparse.Namespace) -> list[Problem]:
         )
     if args.temperature == 0 and (samples := samples_of(name, args)) > 1:
         raise EvaluationError(f"temperature 0 gives {samples} equal samples; pass --samples 1 or raise the temperature")
-    return load_problems(name, path)
+    return load_problems(name, path, None if args.fields is None else names(args.fields))
 
 
 def make_job(name: str, problems: list[Problem], model: ModelFolder, args: argparse.Namespace, *, sha256: str) -> Job:

@@ -4,12 +4,13 @@ python -m tools.paths --recipe FILE [section.key=value ...]
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dcpo_openrlhf.recipe.load import load_recipe
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
+from dcpo_openrlhf.recipe.schema import DataFile, Recipe, RecipeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def absolute(recipe: Recipe) -> list[str]:
     """ "section.key=/path" of every relative path, seen from the folder that this is started in."""
-    paths = {key: value for key, value in recipe.settings.items() if isinstance(value, Path)}
-    return [f"{key}={value.absolute()}" for key, value in paths.items() if not value.is_absolute()]
+    relative = {".".join(key.split(".")[:2]) for key, path in recipe.paths.items() if not path.is_absolute()}
+    return [f"{key}={_absolute(value)}" for key, value in recipe.settings.items() if key in relative]
+
+
+def _absolute(value: Path | list[DataFile]) -> str:
+    """A path, or a list of data files in JSON, which is YAML; without a space, for shells part the lines at them."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    files = [file.model_copy(update={"path": file.path.absolute()}) for file in value]
+    shown = [file.model_dump(mode="json", exclude_none=True) for file in files]
+    return json.dumps(shown, separators=(",", ":"))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dcpo_openrlhf.rollout.tasks import JSONL_KEYS, Problem, TaskError, load_jsonl
+from dcpo_openrlhf.rollout.data import KEYS, Names, load, load_jsonl
+from dcpo_openrlhf.rollout.problems import Problem, TaskError
 from tools.data_form import normalise
-from tools.data_rows import PrepareError, Row, read_rows
+from tools.data_rows import PrepareError, Row, names, read_rows
 from tools.overlap import Overlap, deduplicate, find_overlap
 
 # --- which sets there are --------------------------------------------------------------------------------------------
@@ -85,16 +86,18 @@ def hub_rows(name: str, source: Source) -> list[tuple[str, Row]]:
     return [(f"{source.hub} {source.split}, row {n}", dict(row)) for n, row in enumerate(rows, 1)]
 
 
-def load_problems(name: str, path: Path | None) -> list[Problem]:
+def load_problems(name: str, path: Path | None, columns: Names | None = None) -> list[Problem]:
     """The problems of a set, from a file in the normalised form or in the set's own, or from the hub without a file.
 
-    Raises PrepareError or TaskError.
+    columns: where the file's rows have what, read as a run reads them. Raises PrepareError or TaskError.
     """
     if path is None:
         source = SOURCES[canonical(name)]
         return normalise(name, hub_rows(name, source), origin=f"{source.hub} {source.config or ''} {source.split}")
+    if columns is not None:
+        return load(path, columns)
     rows = read_rows(path)
-    if path.suffix == ".jsonl" and all(set(JSONL_KEYS) <= row.keys() for _, row in rows):
+    if path.name.endswith((".jsonl", ".jsonl.gz")) and all(set(KEYS) <= row.keys() for _, row in rows):
         return load_jsonl(path)
     return normalise(name, rows, origin=path.name)
 
@@ -179,11 +182,17 @@ class Folder:
             raise PrepareError(f"{self.path}: missing or changed since prepared: {', '.join(wrong)}; prepare it again")
 
     def _write(self, name: str, problems: Iterable[Problem]) -> None:
-        rows = [{key: getattr(problem, key) for key in JSONL_KEYS} | dict(problem.metadata) for problem in problems]
+        rows = [_row(problem) for problem in problems]
         if not rows:
             raise PrepareError(f"{name}: no problem is left to write; its rows were duplicates or in the test sets")
         _write_aside(self.file(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.entries[name].rows, self.entries[name].sha256 = len(rows), _sha256(self.file(name))
+
+
+def _row(problem: Problem) -> dict[str, Any]:
+    """The problem in the one form; chat messages stay such."""
+    asked = {"problem": problem.messages} if problem.messages else {}
+    return {key: getattr(problem, key) for key in KEYS} | asked | dict(problem.metadata)
 
 
 def _write_aside(path: Path, text: str) -> None:
@@ -225,7 +234,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("sets", nargs="*", metavar="SET", help="sets to prepare, by name")
     parser.add_argument("--output", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--from", type=Path, dest="file", help="a .jsonl, .json, .csv or .parquet file of the one SET")
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="file",
+        help="the one SET's .jsonl, .json, .csv or .parquet file, or a folder of these",
+    )
+    parser.add_argument(
+        "--fields", nargs="+", metavar="KEY=COLUMN", help="columns of --from, as task.fields: problem=prompt"
+    )
     parser.add_argument(
         "--against", type=Path, nargs="+", default=[], metavar="FILE", help="more test sets (JSONL) to compare with"
     )
@@ -234,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.verify == bool(args.sets):
         parser.error("name the sets to prepare, or pass --verify alone")
+    if args.fields and not args.file:
+        parser.error("--fields names the columns of --from FILE; give the file")
     if args.file and len(args.sets) != 1:
         parser.error(f"--from FILE prepares one set, not {len(args.sets)}")
     try:
@@ -244,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         against = {path.stem: load_jsonl(path) for path in args.against}
         # all is read before anything is written: a file and its checksum in the manifest change together
-        loaded = {name: load_problems(name, args.file) for name in map(canonical, args.sets)}
+        columns = None if args.fields is None else names(args.fields)
+        loaded = {name: load_problems(name, args.file, columns) for name in map(canonical, args.sets)}
         for name in loaded:
             folder.require_own(name)
         for name, problems in loaded.items():

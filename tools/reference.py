@@ -62,6 +62,10 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(option) for option in arguments)
     if annotation is type(None):
         return "`null`"
+    if origin is list:
+        return f"a list of {_type_name(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     names: dict[Any, str] = {bool: "true or false", Path: "path", str: "text", float: "number"}
     return names.get(annotation) or annotation.__name__
 
@@ -78,6 +82,8 @@ def _limits(metadata: typing.Iterable[Any]) -> Iterator[str]:
 def _value(default: Any) -> str:
     if default is None:
         return "null"
+    if isinstance(default, Section):
+        return f"{{{', '.join(f'{key}: {_value(value)}' for key, value in default)}}}"
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

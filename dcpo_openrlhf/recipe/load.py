@@ -4,6 +4,7 @@ import difflib
 import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,23 +131,34 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _typed(text: str, annotation: Any) -> Any:
     """The override's text as YAML reads it, or unchanged where the schema wants text (so that 007 stays 007)."""
-    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    options = typing.get_args(annotation) if is_union else (annotation,)
-    options = [typing.get_args(o)[0] if typing.get_origin(o) is Annotated else o for o in options]
+    options = list(_options(annotation))
     if text == "null" and type(None) in options:
         return None
-    if str in options or Path in options:
+    listed = any(typing.get_origin(option) is list for option in options) and text.lstrip().startswith("[")
+    if (str in options or Path in options) and not listed:
         return text
     return yaml.safe_load(text)
 
 
+def _options(annotation: Any) -> Iterator[Any]:
+    """The types that the annotation allows."""
+    if typing.get_origin(annotation) is Annotated:
+        yield from _options(typing.get_args(annotation)[0])
+    elif typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        for option in typing.get_args(annotation):
+            yield from _options(option)
+    else:
+        yield annotation
+
+
 def _explain(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # the tag of a form
     if error["type"] == "extra_forbidden":
         *path, name = error["loc"]
         model: Any = Recipe
         for part in path:
-            model = model.model_fields[part].annotation
+            field = model.model_fields.get(part)  # none where part is a form's tag or a place in a list
+            model = _section(field.annotation) if field else model
         known = model.model_fields if path else ["base", *model.model_fields]
         return f"unknown key {where}{_nearest(str(name), known)}"
     if error["type"] == "missing":
@@ -159,6 +171,13 @@ def _explain(error: dict[str, Any]) -> str:
         return error["msg"].removeprefix("Value error, ")
     reason = error["msg"].replace("Input should be", "must be").replace("Input is", "is")
     return f"{where} = {error['input']!r} {reason}"
+
+
+def _section(annotation: Any) -> Any:
+    """The section that a key is, or that the entries of its list are."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in typing.get_args(annotation) if (found := _section(inner))), None)
 
 
 def _required(section: Any) -> list[str]:

@@ -82,7 +82,7 @@ def hints(recipe: Recipe) -> list[str]:
             "the policy ratio, rho and the sampled entropy are biased; set 1, or correction.level=token"
         )
     if recipe.parallel.nodes > 1:
-        folders = [recipe.run.dir, recipe.model.path, *([recipe.task.train] if recipe.task.train else [])]
+        folders = [recipe.run.dir, recipe.model.path, *(file.path for file in recipe.task.files("train"))]
         local = [f"{folder} ({kind})" for folder in folders if (kind := _file_system(folder)) in LOCAL_FILE_SYSTEMS]
         if local:
             said.append(
@@ -255,8 +255,8 @@ def _file_system(path: Path) -> str:
 def _paths(recipe: Recipe) -> Iterator[str]:
     if "working_dir_files" not in Path.cwd().parts:  # where Ray unpacks a job's --working-dir, on each node anew
         return
-    paths = {key: value for key, value in recipe.settings.items() if isinstance(value, Path) and key != "model.config"}
-    relative = [f"{key} = {value}" for key, value in paths.items() if not value.is_absolute()]
+    paths = {key: path for key, path in recipe.paths.items() if key != "model.config"}
+    relative = [f"{key} = {path}" for key, path in paths.items() if not path.is_absolute()]
     if relative:
         yield (
             f"{', '.join(relative)} must be absolute: a job's working directory is a copy that ends with it, "
@@ -325,9 +325,9 @@ def _replay(recipe: Recipe) -> Iterator[str]:
 def _data_files(recipe: Recipe) -> Iterator[str]:
     if recipe.task.kind != "jsonl":
         return
-    for key, path in (("task.train", recipe.task.train), ("task.heldout", recipe.task.heldout)):
-        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
-            yield f"{key} = {path}: no such readable file; name a JSONL file with the keys id, problem, answer, source"
+    for key, path in recipe.paths.items():
+        if key.startswith("task.") and not (os.path.exists(path) and os.access(path, os.R_OK)):
+            yield f"{key} = {path}: no such readable file or folder; name one of problems (docs/bring_your_own.md)"
 
 
 def _ports(recipe: Recipe) -> Iterator[str]:

@@ -38,6 +38,7 @@ MAY_DIFFER = (
     # the problems themselves are compared by their fingerprints
     "task.train",
     "task.heldout",
+    "task.fields",
     "reward.workers",
     "parallel.",
     "rollout.engines",

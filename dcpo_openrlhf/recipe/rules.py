@@ -10,6 +10,7 @@ def rules(r: "Recipe") -> list[tuple[bool, str]]:
     """(does the rule hold, what to say if not) for each rule between fields."""
     return [
         *_step_rules(r),
+        *_data_rules(r),
         *_reward_rules(r),
         *_correction_rules(r),
         *_method_rules(r),
@@ -68,13 +69,29 @@ def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
             + "; raise it",
         ),
         (
-            r.task.kind != "jsonl" or r.task.train is not None,
-            "task.kind = jsonl needs task.train, a JSONL file of problems; name one or set task.kind=arithmetic",
-        ),
-        (
             r.optimizer.schedule != "constant" or r.optimizer.min_learning_rate == 0,
             f"optimizer.min_learning_rate = {r.optimizer.min_learning_rate} has no effect with schedule = constant; "
             "use linear or cosine, or leave it at 0",
+        ),
+    ]
+
+
+def _data_rules(r: "Recipe") -> list[tuple[bool, str]]:
+    """Files of problems and their weights."""
+    train, heldout = ([file.weight for file in r.task.files(key)] for key in ("train", "heldout"))
+    return [
+        (
+            r.task.kind != "jsonl" or r.task.train is not None,
+            "task.kind = jsonl needs task.train, a file of problems; name one or set task.kind=arithmetic",
+        ),
+        (
+            None not in train or train.count(None) == len(train),
+            f"task.train has weights for {len(train) - train.count(None)} of its {len(train)} files; name one for each "
+            "(its share of the prompts), or none (every problem once an epoch)",
+        ),
+        (
+            heldout.count(None) == len(heldout),
+            "task.heldout takes no weights: every problem is evaluated; drop them",
         ),
     ]
 

@@ -1,6 +1,5 @@
 """The recipe: every setting of a run, its type, its default and its rule. Nothing else in the package has defaults."""
 
-import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,9 @@ from dcpo_openrlhf.recipe.monitor import Monitor
 from dcpo_openrlhf.recipe.processor import native_dtype
 from dcpo_openrlhf.recipe.reward import Reward
 from dcpo_openrlhf.recipe.rules import rules
+from dcpo_openrlhf.recipe.task import DataFile as DataFile
+from dcpo_openrlhf.recipe.task import Fields as Fields
+from dcpo_openrlhf.recipe.task import Task
 
 
 class RecipeError(ValueError):
@@ -51,25 +53,6 @@ class Model(Section):
     trust_remote_code: bool = False
     config: Expanded | None = None
     """config.json that --dry-run plans with while `path` does not hold the model yet; a run never reads it."""
-
-
-class Task(Section):
-    kind: Literal["jsonl", "arithmetic"] = "jsonl"
-    train: Expanded | None = None
-    """JSONL of training problems: {"id", "problem", "answer", "source"} (kind jsonl)."""
-    heldout: Expanded | None = None
-    """JSONL of held-out problems for evaluation (kind jsonl); None: no evaluation."""
-    level: Annotated[int, Field(ge=1)] = 1
-    """Difficulty of the built-in arithmetic."""
-    template: str = "boxed_think"
-    """Name of a prompt template in rollout/tasks.py, or a text with {problem} in it."""
-    system: str | None = None
-    chat: bool = True
-    """Wrap the prompt with the tokenizer's chat template as one user turn."""
-    chat_template_kwargs: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
-    """Further variables of the chat template, for example {enable_thinking: false} (Qwen3)."""
-    date: datetime.date | None = None
-    """Today (YYYY-MM-DD), for chat templates that write it. None: the day of the first start, kept from then on."""
 
 
 class Loss(Section):
@@ -339,6 +322,16 @@ class Recipe(Section):
         """Every "section.key" with its value."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Every path with its key; those of a list of data files have their place in it, task.train.0."""
+        found = {}
+        for key, value in self.settings.items():
+            listed = value if isinstance(value, list) else []
+            found |= {key: value} if isinstance(value, Path) else {}
+            found |= {f"{key}.{i}": entry.path for i, entry in enumerate(listed) if isinstance(entry, DataFile)}
+        return found
 
     @property
     def updates_per_step(self) -> int:

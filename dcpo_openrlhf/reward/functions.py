@@ -108,7 +108,7 @@ def call(
         found = _finished(function(list(queries), [row.prompt for row in rows], [row.answer for row in rows]))
         answers = _by_row(found, len(rows))
     elif form == "verl":
-        answers = [_of_verl(_finished(function(r.source, r.response, r.answer, dict(r.metadata)))) for r in rows]
+        answers = [_of_verl(_finished(function(r.source, r.response, r.answer, _extra_info(r)))) for r in rows]
     else:
         answers = _listed(_finished(function(list(rows))))
     if len(answers) != len(rows):
@@ -144,6 +144,12 @@ def _by_row(answer: Any, count: int) -> list[dict[str, Any]]:
         {"reward": columns["reward"][i], "score": columns["score"][i], "logs": {n: v[i] for n, v in logs.items()}}
         for i in range(count)
     ]
+
+
+def _extra_info(row: Row) -> dict[str, Any]:
+    """That column of verl's files; of other rows, all their further keys."""
+    found = row.metadata.get("extra_info")
+    return dict(found if isinstance(found, Mapping) else row.metadata)
 
 
 def _of_verl(answer: Any) -> Any:

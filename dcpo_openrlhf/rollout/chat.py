@@ -37,11 +37,18 @@ def render(
 ) -> str:
     """The prompt text: the filled template, as one user turn of the tokenizer's chat template unless `chat` is False.
 
-    With `system` None the chat template's own default applies; `variables` are further ones of the template, and `date`
-    is the day that it reads as today (None: the clock's). The text holds every special token that it needs, BOS too
+    A problem's own chat messages stand for that turn, and take neither `template` nor `system`. With `system` None the
+    chat template's own default applies; `variables` are further ones of the template, and `date` is the day that it
+    reads as today (None: the clock's). The text holds every special token that it needs, BOS too
     where the tokenizer begins every text with it: tokenize it with add_special_tokens=False. Raises TaskError where a
     chat template is needed and there is none, or it fails.
     """
+    if problem.messages:
+        if not chat or system is not None:
+            wrong = "task.chat = false" if not chat else f"task.system = {system!r}"
+            raise TaskError(f"problem {problem.id!r} is chat messages, which take no {wrong}; drop it")
+        turns = [dict(turn) for turn in problem.messages]
+        return _apply(tokenizer, turns, variables=variables, date=date, add_generation_prompt=True)
     user = template.fill(problem.problem)
     if not chat:
         if system is not None:

@@ -1,44 +1,32 @@
-"""Prompts: built-in arithmetic, local JSONL, templates, a resumable stream, and a length check.
+"""Prompts: built-in arithmetic, templates, a length check, and a resumable stream; problems of files are read in data.
 
 Nothing here imports torch or ray; a tokenizer is any object with Hugging Face's `apply_chat_template` and `__call__`.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from dcpo_openrlhf.rollout.data import Problems
+from dcpo_openrlhf.rollout.data import load_jsonl as load_jsonl
+from dcpo_openrlhf.rollout.problems import Problem, Prompt, TaskError
+from dcpo_openrlhf.rollout.room import check_prompt_lengths as check_prompt_lengths
 
 
-class TaskError(ValueError):
-    """A task cannot be used as given; the message names the rule, the values seen and the remedy."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question with its final answer."""
-
-    id: str
-    problem: str
-    answer: str
-    source: str
-    difficulty: int = 0
-    """0 where the source names none; the level for built-in arithmetic."""
-    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Further keys of the problem's line, for graders."""
-
-
-class Prompt(NamedTuple):
-    """A problem with the text that the policy reads."""
-
-    problem: Problem
-    text: str
-
-
-def _seeded_order(keys: Sequence[str], *, salt: str) -> list[int]:
+def _seeded_order(keys: Sequence[str], *, salt: str) -> np.ndarray:
     """Indices of `keys` in the order of sha256(salt, key): the same in every process, whatever the order of `keys`."""
-    return sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{salt}\0{keys[i]}".encode()).digest())
+    digests = bytearray(32 * len(keys))
+    for i, key in enumerate(keys):
+        digests[32 * i : 32 * i + 32] = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
+    words = np.frombuffer(digests, dtype=">u8").reshape(-1, 4).astype("u8")
+    return np.lexsort(words.T[::-1])  # the last key is the first to decide
 
 
 # --- built-in arithmetic ---------------------------------------------------------------------------------------------
@@ -79,74 +67,6 @@ def _arithmetic_problem(a: int, op: str, b: int, *, level: int) -> Problem:
     )
 
 
-# --- local files -----------------------------------------------------------------------------------------------------
-
-JSONL_KEYS = ("id", "problem", "answer", "source")
-OTHER_NAMES = ("prompt", "question", "messages")
-"""What published sets call the problem."""
-
-
-def load_jsonl(path: str | Path) -> list[Problem]:
-    """The problems of a JSONL file, one object a line with the string keys id, problem, answer and source.
-
-    Other keys are its metadata. Raises TaskError with file and line number for anything else: an unreadable or empty
-    file, a blank or malformed line, a missing, empty or non-string value, an id seen before.
-    """
-    path = Path(path)
-    try:
-        # Split on \n alone: str.splitlines would also split inside a string that holds U+2028.
-        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be read: {error.strerror}; give the path of a readable JSONL file") from error
-    if lines == [b""]:
-        raise TaskError(f"{path}: is empty; give one JSON object a line with the keys {', '.join(JSONL_KEYS)}")
-    problems: list[Problem] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        problem = _parse_line(line, where=f"{path}:{number}")
-        if problem.id in line_of_id:
-            first = line_of_id[problem.id]
-            raise TaskError(f"{path}:{number}: id {problem.id!r} is already on line {first}; ids must be unique")
-        line_of_id[problem.id] = number
-        problems.append(problem)
-    return problems
-
-
-def _parse_line(line: bytes, *, where: str) -> Problem:
-    expected = f"expected one JSON object with the string keys {', '.join(JSONL_KEYS)}"
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        seen = line[:60].decode("utf-8", errors="replace")
-        raise TaskError(f"{where}: not JSON in UTF-8 ({error}): {seen!r}; {expected}") from error
-    if not isinstance(record, dict):
-        raise TaskError(f"{where}: {type(record).__name__} instead of an object; {expected}")
-    missing = [key for key in JSONL_KEYS if key not in record]
-    if missing:
-        other = [name for name in OTHER_NAMES if "problem" in missing and name in record]
-        hint = f" ({other[0]} may be it: python -m tools.prepare_data writes such a file in this form)" if other else ""
-        raise TaskError(f"{where}: missing {', '.join(missing)}; the keys are {', '.join(record)}{hint}; {expected}")
-    for key in JSONL_KEYS:
-        if not isinstance(record[key], str):
-            raise TaskError(f"{where}: {key} is {record[key]!r} ({type(record[key]).__name__}); write it as a string")
-        if key != "source" and not record[key].strip():
-            raise TaskError(f"{where}: {key} is empty; give it a value or remove the line")
-        require_text(record[key], what=f"{where}: {key}")
-    return Problem(**{key: record.pop(key) for key in JSONL_KEYS}, metadata=record)
-
-
-def require_text(text: str, *, what: str) -> None:
-    """Raise TaskError for half of a surrogate pair: JSON can write one, no tokenizer or file takes it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise TaskError(
-            f"{what} holds half of a surrogate pair, {half} at character {error.start + 1}, which is no text; "
-            "write the whole pair or remove it"
-        ) from None
-
-
 # --- templates -------------------------------------------------------------------------------------------------------
 
 SLOT = "{problem}"
@@ -185,86 +105,138 @@ def prompt_template(name_or_text: str) -> PromptTemplate:
     return TEMPLATES.get(name_or_text) or PromptTemplate(name_or_text)
 
 
-def check_prompt_lengths(prompts: Sequence[Prompt], *, tokenizer: Any, context: int, max_new_tokens: int) -> int:
-    """The longest prompt [tokens], once length + max_new_tokens <= context holds for every prompt.
-
-    Raises TaskError that names the first prompt for which it does not, its length, the limit and how many offend.
-    """
-    for prompt in prompts:  # what template, system message or their settings brought in
-        require_text(prompt.text, what=f"prompt {prompt.problem.id!r}")
-    # verbose: else the tokenizer warns of a long prompt in its own words, before the error that says what to do
-    encoded = tokenizer([p.text for p in prompts], add_special_tokens=False, verbose=False)["input_ids"]
-    lengths = [len(ids) for ids in encoded]
-    limit = context - max_new_tokens
-    too_long = [i for i, length in enumerate(lengths) if length > limit]
-    if too_long:
-        first = too_long[0]
-        raise TaskError(
-            f"prompt {prompts[first].problem.id!r} has {lengths[first]} tokens, above the limit of {limit} = context "
-            f"{context} - max_new_tokens {max_new_tokens}; {len(too_long)} of {len(prompts)} prompts are too long, the "
-            f"longest has {max(lengths)}; raise the context, lower max_new_tokens or remove them"
-        )
-    return max(lengths, default=0)
-
-
 # --- the stream ------------------------------------------------------------------------------------------------------
 
 
-class PromptStream:
-    """Prompts without end: epoch after epoch, each a fresh permutation by (seed, epoch, problem ids) alone."""
+class _Pool:
+    """Places of some problems without end: epoch after epoch, each a fresh permutation by (seed, epoch, ids) alone."""
 
-    def __init__(self, problems: Sequence[Problem], *, prompts: Sequence[str], seed: int):
-        """`prompts[i]` is the text of `problems[i]`. Raises TaskError for no problems, unequal counts or equal ids."""
+    def __init__(self, places: range, ids: Sequence[str], seed: int) -> None:
+        self._places, self._ids, self._seed = places, ids, seed
+        self.start(0)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def start(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.position = 0  # problems of this epoch already taken
+        ids = self._ids[self._places.start : self._places.stop]
+        self._order = _seeded_order(ids, salt=f"stream/{self._seed}/{epoch}")
+
+    @property
+    def taken(self) -> int:
+        return self.epoch * len(self) + self.position
+
+    def next(self) -> int:
+        if self.position == len(self):
+            self.start(self.epoch + 1)
+        place = self._places[int(self._order[self.position])]
+        self.position += 1
+        return place
+
+
+class PromptStream:
+    """Prompts without end, in an order by (seed, problem ids) alone: see _Pool, and `_turn` where files have shares."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        shares: Sequence[tuple[int, float]] = (),
+        rows_fingerprint: str | None = None,
+    ):
+        """`prompts[i]` is the text of `problems[i]`. Raises TaskError for no problems, unequal counts or equal ids.
+
+        shares: (number of problems, weight) of each file, in the order of `problems`, where each is to have its share
+        of the prompts; none: every problem once an epoch. rows_fingerprint: a Fingerprint's, if not of all texts.
+        """
         if not problems:
             raise TaskError("a prompt stream needs at least one problem")
         if len(problems) != len(prompts):
             raise TaskError(f"one prompt a problem is needed, not {len(prompts)} for {len(problems)}")
-        ids = {problem.id for problem in problems}
-        if len(ids) != len(problems):
-            raise TaskError(f"problem ids must be unique: {len(problems)} problems, {len(ids)} ids")
-        self._prompts = [Prompt(problem, text) for problem, text in zip(problems, prompts, strict=True)]
-        self._seed = seed
-        self.fingerprint = fingerprint(self._prompts)
-        self._start_epoch(0)
+        ids = problems.ids if isinstance(problems, Problems) else [problem.id for problem in problems]
+        if len(set(ids)) != len(ids):
+            raise TaskError(f"problem ids must be unique: {len(ids)} problems, {len(set(ids))} ids")
+        self._problems, self._prompts, self._seed = problems, prompts, seed
+        ends = list(accumulate((count for count, _ in shares), initial=0)) if shares else [0, len(ids)]
+        self._pools = [_Pool(range(begin, end), ids, seed) for begin, end in pairwise(ends)]
+        self._weights = [Fraction(str(weight)) for _, weight in shares] or [Fraction(1)]
+        self.fingerprint = rows_fingerprint or fingerprint(self._all())
 
-    def _start_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.position = 0  # prompts of this epoch already taken
-        self._order = _seeded_order([p.problem.id for p in self._prompts], salt=f"stream/{self._seed}/{epoch}")
+    def _all(self) -> Iterator[Prompt]:
+        return (Prompt(problem, text) for problem, text in zip(self._problems, self._prompts, strict=True))
 
     def __len__(self) -> int:
-        """Prompts in one epoch."""
-        return len(self._prompts)
+        """Problems."""
+        return len(self._problems)
+
+    def __copy__(self) -> "PromptStream":
+        """A stream that goes on from here by itself."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _pools=[copy.copy(pool) for pool in self._pools])
+        return other
+
+    @property
+    def epoch(self) -> int:
+        """Of the first file, where files have shares."""
+        return self._pools[0].epoch
+
+    @property
+    def position(self) -> int:
+        """Prompts of this epoch already taken; of the first file, where files have shares."""
+        return self._pools[0].position
 
     def __iter__(self) -> Iterator[Prompt]:
         return self
 
     def __next__(self) -> Prompt:
-        if self.position == len(self):
-            self._start_epoch(self.epoch + 1)
-        prompt = self._prompts[self._order[self.position]]
-        self.position += 1
-        return prompt
+        place = self._pools[self._turn()].next()
+        return Prompt(self._problems[place], self._prompts[place])
+
+    def _turn(self) -> int:
+        """The file whose turn it is: of n prompts, file i has n * w_i / sum(w) to within 1 - 1 / (2 files - 2).
+
+        Of the files that may have one more, that whose bound comes first (Tijdeman, The chairman assignment problem,
+        Discrete Mathematics 32, 1980).
+        """
+        if len(self._pools) == 1:
+            return 0
+        taken, total, parts = [pool.taken for pool in self._pools], sum(self._weights), 2 * len(self._pools) - 2
+        n = sum(taken) + 1
+        may = [i for i, w in enumerate(self._weights) if parts * (n * w - taken[i] * total) >= total]
+        return min(may, key=lambda i: (parts * (taken[i] + 1) - 1) / self._weights[i])
 
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts; they may span epochs."""
         return [next(self) for _ in range(n)]
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue with the very next prompt."""
-        return {"seed": self._seed, "epoch": self.epoch, "position": self.position, "fingerprint": self.fingerprint}
+        places = [{"epoch": pool.epoch, "position": pool.position} for pool in self._pools]
+        where = places[0] if len(places) == 1 else {"files": places, "weights": [str(w) for w in self._weights]}
+        return {"seed": self._seed, **where, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken. Raises TaskError where seed or prompts differ from those of `state`."""
+        """Continues where `state` was taken. Raises TaskError where seed, prompts or weights differ from its own."""
         own = self.state_dict()
-        for key, what in (("fingerprint", "the problems or their prompts"), ("seed", "the seed")):
-            if state[key] != own[key]:
+        if ":" not in state["fingerprint"] and ":" in self.fingerprint:  # from before files stayed on the disk
+            own["fingerprint"] = fingerprint(self._all())
+        for key, what in (
+            ("fingerprint", "the problems or their prompts"),
+            ("seed", "the seed"),
+            ("weights", "the weights of task.train"),
+        ):
+            if (saved := state.get(key)) != (now := own.get(key)):
                 raise TaskError(
-                    f"cannot resume the prompt stream: {what} changed ({key} {state[key]!r} in the checkpoint, "
-                    f"{own[key]!r} now); resume with the same data, template and seed, or start a new run"
+                    f"cannot resume the prompt stream: {what} changed ({key} {saved!r} in the checkpoint, "
+                    f"{now!r} now); resume with the same data, template and seed, or start a new run"
                 )
-        self._start_epoch(state["epoch"])
-        self.position = state["position"]
+        for pool, place in zip(self._pools, state.get("files", [state]), strict=True):
+            pool.start(place["epoch"])
+            pool.position = place["position"]
 
 
 def require_same_heldout(prompts: Sequence[Prompt], saved: str | None) -> None:
@@ -277,7 +249,23 @@ def require_same_heldout(prompts: Sequence[Prompt], saved: str | None) -> None:
         )
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
+def fingerprint(prompts: Iterable[Prompt]) -> str:
     """sha256 of all problems and texts, in the order of their ids, as 16 hex digits."""
     rows = sorted([p.problem.id, p.problem.problem, p.problem.answer, p.text] for p in prompts)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+class Fingerprint:
+    """Of problems and of what makes prompts of them, in any order and one problem at a time."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, problem: Problem) -> None:
+        parts = [problem.id, problem.problem, problem.answer]
+        parts += [str(part) for turn in problem.messages for part in turn.values()]
+        self._sum += int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest())
+
+    def value(self, prompt: str) -> str:
+        """prompt: the text of any one problem, which template, system message and date have gone into."""
+        return "rows:" + hashlib.sha256(f"{self._sum}\0{prompt}".encode()).hexdigest()[:16]

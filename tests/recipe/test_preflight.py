@@ -338,10 +338,13 @@ def test_port_that_is_taken(violations: Check, taken_port: int) -> None:
 
 def test_missing_data_files(violations: Check, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
-    changes = {"task.kind": "jsonl", "task.train": tmp_path / "train.jsonl", "task.heldout": tmp_path}
+    changes = {"task.kind": "jsonl", "task.train": tmp_path / "train.jsonl", "task.heldout": tmp_path / "held"}
     line = only(violations(changes))
-    assert line.startswith(f"task.heldout = {tmp_path}: no such readable file; name a JSONL file")
+    assert line.startswith(f"task.heldout = {tmp_path}/held: no such readable file or folder; name one of problems")
     assert len(violations(changes | {"task.train": tmp_path / "none.jsonl"})) == 2
+    (tmp_path / "held").mkdir()
+    files = [{"path": tmp_path / "held"}, {"path": tmp_path / "gone"}]
+    assert only(violations(changes | {"task.train": files})).startswith(f"task.train.1 = {tmp_path}/gone: no such")
 
 
 def test_deepspeed_needs_no_megatron_and_trains_dense_models(

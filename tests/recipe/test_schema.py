@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.rules import rules
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
+from dcpo_openrlhf.recipe.schema import DataFile, Fields, Recipe, RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}
+FILES = [DataFile(path=Path("a.jsonl"), weight=1), DataFile(path=Path("~/b").expanduser(), weight=2)]
 
 
 def write(tmp_path: Path, content: object) -> Path:
@@ -156,6 +157,10 @@ def test_every_override_of_a_resolved_recipe_is_read_back_with_its_type(tmp_path
         ("model.path=$RECIPE_TEST_MODELS/a=b", Path("/models/a=b")),
         ("task.heldout=null", None),
         ("task.heldout=data/x.jsonl", Path("data/x.jsonl")),
+        ("task.train=007", Path("007")),
+        ("task.train=[a.jsonl]", [DataFile(path=Path("a.jsonl"))]),
+        ("task.train=[{path: a.jsonl, weight: 1}, {path: ~/b, weight: 2}]", FILES),
+        ("task.fields={problem: prompt, answer: null}", Fields(problem="prompt", answer=None)),
         ("task.system=null", None),
         ("task.system=Answer: 42", "Answer: 42"),
         ("task.system=1e3", "1e3"),
@@ -175,6 +180,24 @@ def test_override_takes_the_type_of_the_schema(
     section, key = override.partition("=")[0].split(".")
     seen = getattr(getattr(load(tmp_path, override), section), key)
     assert (type(seen), seen) == (type(value), value)
+
+
+def test_a_list_of_files_is_read_back_and_each_has_its_fields(tmp_path: Path) -> None:
+    given = "task.train=[{path: a, weight: 0.7}, {path: b, weight: 0.3, fields: {problem: input}}]"
+    recipe = load(tmp_path, given, "task.heldout=c", "task.fields={problem: prompt}")
+    assert load_recipe(write(tmp_path, resolved_yaml(recipe))) == recipe
+    files = [*recipe.task.files("train"), *recipe.task.files("heldout")]
+    assert [(str(f.path), f.weight, f.fields.problem, f.fields.answer) for f in files if f.fields] == [
+        ("a", 0.7, "prompt", "answer"),
+        ("b", 0.3, "input", "answer"),
+        ("c", None, "prompt", "answer"),
+    ]
+    assert load(tmp_path).task.files("train") == []
+    assert {k: str(v) for k, v in recipe.paths.items() if k.startswith("task.")} == {
+        "task.train.0": "a",
+        "task.train.1": "b",
+        "task.heldout": "c",
+    }
 
 
 def test_override_wins_over_the_file_and_the_last_one_over_the_first(tmp_path: Path) -> None:
@@ -207,6 +230,14 @@ def test_home_and_variables_in_paths_are_filled_in(tmp_path: Path, monkeypatch: 
         (MINIMAL, ["rollout.top_p=2"], ["rollout.top_p = 2 must be less than or equal to 1"]),
         (MINIMAL, ["task.chat=maybe"], ["task.chat = 'maybe' must be a valid boolean"]),
         (MINIMAL, ["optimizer.learning_rate=.inf"], ["optimizer.learning_rate = inf must be a finite number"]),
+        (MINIMAL, ["task.train=[]"], ["task.train = [] List should have at least 1 item"]),
+        (MINIMAL, ["task.train=[{weight: 2}]"], ["task.train.0.path is required"]),
+        (MINIMAL, ["task.train=[a, {path: b, weight: 0}]"], ["task.train.1.weight = 0 must be greater than 0"]),
+        (MINIMAL, ["task.train=[{path: b, wieght: 1}]"], ["unknown key task.train.0.wieght; did you mean 'weight'?"]),
+        (MINIMAL | {"task": {"train": 5}}, [], ["task.train = 5 is not a valid path"]),
+        (MINIMAL, ["task.fields={promblem: x}"], ["unknown key task.fields.promblem; did you mean 'problem'?"]),
+        (MINIMAL, ["task.fields={problem: ''}"], ["task.fields.problem = '' String should have at least 1 character"]),
+        (MINIMAL, ["task.fields={id: null}"], ["task.fields.id = None must be a valid string"]),
         (MINIMAL | {"train": 3}, [], ["train = 3 must be a mapping of keys"]),
         (MINIMAL | {"train": None}, ["train.steps=3"], ["section 'train' must be a mapping, got None"]),
         ({"task": {"kind": "arithmetic"}}, [], ["model.path is required", "model.path=VALUE"]),
@@ -331,6 +362,8 @@ RULES = [
     ),
     (["parallel.sequence_parallel=true"], ["sequence_parallel needs parallel.tensor > 1, got 1", "turn it off"]),
     (["task.kind=jsonl"], ["task.kind = jsonl needs task.train", "set task.kind=arithmetic"]),
+    (["task.train=[a, {path: b, weight: 2}]"], ["task.train has weights for 1 of its 2 files", "or none (every"]),
+    (["task.heldout=[{path: b, weight: 2}]"], ["task.heldout takes no weights", "drop them"]),
     (["weight_sync.transport=gloo"], ["weight_sync.transport = gloo is for run.device = cpu", "use nccl or ipc"]),
     (
         ["run.device=cpu", "weight_sync.transport=nccl"],

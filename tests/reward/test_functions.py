@@ -107,6 +107,8 @@ def test_verls_form_and_a_coroutine(file: Path) -> None:
         assert grader.grade(["7"], [question(metadata={"depth": 3})]) == [
             Grade(0.5, "", success=1.0, logs={"acc": 1.0, "depth": 3.0})
         ]
+        of_its_file = {"extra_info": {"depth": 4}, "depth": 3, "ability": "math"}
+        assert grader.grade(["7"], [question(metadata=of_its_file)])[0].logs["depth"] == 4.0
     with pool(file, "slow_but_async") as grader:
         assert [g.reward for g in grader.grade(["", ""], [question(source=s) for s in "ab"])] == [1.0, 0.0]
 

@@ -37,6 +37,19 @@ def test_without_chat_a_text_begins_as_the_tokenizer_begins_it() -> None:
     assert made(text(made, chat=False), add_special_tokens=False)["input_ids"] == made("Q: 1+1?")["input_ids"]
 
 
+def test_chat_messages_stay_as_they_are() -> None:
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "1+1?"}]
+    problem = Problem("a", "1+1?", "2", "test", messages=turns)
+    how: Any = {"tokenizer": tokenizer(), "template": PromptTemplate("Q: {problem}")}
+    assert render(problem, **how) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(TaskError, match=r"problem 'a' is chat messages, which take no task\.system = 'T'"):
+        render(problem, **how, system="T")
+    with pytest.raises(TaskError, match=r"problem 'a' is chat messages, which take no task\.chat = false"):
+        render(problem, **how, chat=False)
+
+
 def test_variables_reach_the_chat_template() -> None:
     made = tokenizer(THINKING)
     assert text(made, variables={"enable_thinking": False}) == text(made) + "<think>\n</think>"

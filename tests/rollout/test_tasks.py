@@ -1,5 +1,7 @@
-"""Prompts: arithmetic splits, JSONL errors with line numbers, templates, the stream and its resume, length check."""
+"""Prompts: arithmetic splits, templates, the stream, the shares of its files, and its resume."""
 
+import copy
+import hashlib
 import json
 import os
 import subprocess
@@ -10,21 +12,19 @@ import pytest
 
 from dcpo_openrlhf.rollout.chat import render
 from dcpo_openrlhf.rollout.tasks import (
+    Fingerprint,
     Problem,
     Prompt,
     PromptStream,
     PromptTemplate,
     TaskError,
     arithmetic,
-    check_prompt_lengths,
-    load_jsonl,
+    fingerprint,
     prompt_template,
 )
 from tests.tiny import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
-GOOD = {"id": "a", "problem": "1+1?", "answer": "2", "source": "test"}
 PROBLEM = Problem("a", "1+1?", "2", "test")
 
 
@@ -89,72 +89,6 @@ def test_arithmetic_refuses_unknown_levels_and_splits(arguments):
         arithmetic(**{"level": 1, "split": "train", "seed": 0, **arguments})
 
 
-# --- JSONL -----------------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def test_load_jsonl_reads_problems(tmp_path):
-    rows = [GOOD, {**GOOD, "id": "b", "problem": "line\u2028separator \\boxed{}", "source": "", "extra": 1}]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")  # no newline at the end
-    assert load_jsonl(path) == [
-        PROBLEM,
-        Problem("b", "line\u2028separator \\boxed{}", "2", "", metadata={"extra": 1}),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ('{"id": "b", ', "not JSON"),
-        ("", "not JSON"),
-        ("[1]", "list instead of an object"),
-        ({"id": "b", "problem": "1+1?", "source": "test"}, "missing answer"),
-        (
-            {"id": "b", "prompt": [{"role": "user", "content": "1+1?"}], "answer": "2", "source": "test"},
-            r"missing problem; the keys are id, .* \(prompt may be it: python -m tools.prepare_data writes",
-        ),
-        ({**GOOD, "id": "b", "answer": 2}, r"answer is 2 \(int\); write it as a string"),
-        ({**GOOD, "id": "b", "problem": " "}, "problem is empty"),
-        (GOOD, "id 'a' is already on line 1"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, bad, message):
-    path = write(tmp_path / "data.jsonl", GOOD, bad, {**GOOD, "id": "c"})
-    with pytest.raises(TaskError, match=f"data.jsonl:2: .*{message}"):
-        load_jsonl(path)
-
-
-def test_a_line_that_is_not_utf8_is_named(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(TaskError, match=r"data\.jsonl:2: not JSON in UTF-8"):
-        load_jsonl(path)
-
-
-def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(TaskError, match=r"none\.jsonl: cannot be read: No such file"):
-        load_jsonl(tmp_path / "none.jsonl")
-    with pytest.raises(TaskError, match="cannot be read"):
-        load_jsonl(tmp_path)
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(TaskError, match=r"empty\.jsonl: is empty"):
-        load_jsonl(tmp_path / "empty.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("name", "rows"), [("gsm8k", 1319), ("math500", 500), ("minerva_math", 272), ("train_dapo17k", 17398)]
-)
-def test_real_files_load(name, rows):
-    if not DATA.exists():
-        pytest.skip("shared/data is not beside the repository")
-    assert len(load_jsonl(DATA / f"{name}.jsonl")) == rows
-
-
 # --- templates -------------------------------------------------------------------------------------------------------
 
 
@@ -194,21 +128,6 @@ def test_render_refuses_what_it_cannot_place():
         render(PROBLEM, tokenizer=tokenizer, template=PromptTemplate("{problem}"))
 
 
-# --- length check ----------------------------------------------------------------------------------------------------
-
-
-def test_prompt_lengths_count_the_response():
-    tokenizer = make_tokenizer()
-    texts = ["1234", "123456789", "12345678"]
-    prompts = [Prompt(Problem(f"p{i}", text, "0", ""), text) for i, text in enumerate(texts)]
-    assert [len(ids) for ids in tokenizer(texts)["input_ids"]] == [4, 9, 8]
-    assert check_prompt_lengths(prompts, tokenizer=tokenizer, context=20, max_new_tokens=11) == 9
-    with pytest.raises(TaskError, match=r"'p1' has 9 tokens, above the limit of 8 = context 20 .* 12; 1 of 3 prompts"):
-        check_prompt_lengths(prompts, tokenizer=tokenizer, context=20, max_new_tokens=12)
-    with pytest.raises(TaskError, match=r"'p1' has 9 tokens, .* 2 of 3 prompts are too long, the longest has 9"):
-        check_prompt_lengths(prompts, tokenizer=tokenizer, context=20, max_new_tokens=13)
-
-
 # --- the stream ------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +150,16 @@ def test_each_epoch_is_a_fresh_permutation():
 
 def test_texts_stay_with_their_problems():
     assert all(p.text == f"{p.problem.problem}!" for p in stream(suffix="!").take(20))
+
+
+def test_the_order_is_that_of_sha256():
+    def digest(salt: str, key: str) -> bytes:
+        return hashlib.sha256(f"{salt}\0{key}".encode()).digest()
+
+    expected = [
+        key for e in (0, 1) for key in sorted((f"p{i}" for i in range(50)), key=lambda k: digest(f"stream/3/{e}", k))
+    ]
+    assert ids(stream(50, seed=3).take(100)) == expected
 
 
 def test_order_depends_on_the_seed_and_the_ids_alone():
@@ -266,6 +195,107 @@ def test_a_resumed_stream_continues_with_the_next_prompt(taken):
 def test_a_stream_of_other_prompts_is_not_resumed(other, message):
     with pytest.raises(TaskError, match=message):
         stream(**other).load_state_dict(stream().state_dict())
+
+
+# --- shares of files -------------------------------------------------------------------------------------------------
+
+
+def mixed(*shares: tuple[int, float], seed: int = 0) -> PromptStream:
+    """Files of so many problems, a, b, ..., each with its weight."""
+    problems = [
+        Problem(f"{name}{i}", "?", "0", name) for name, (n, _) in zip("abcde", shares, strict=False) for i in range(n)
+    ]
+    return PromptStream(problems, prompts=["?"] * len(problems), seed=seed, shares=shares)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1, 1), (3, 1), (0.7, 0.3), (0.1, 0.2, 0.7), (5, 3, 1, 1), (1, 1, 1, 1, 1), (1000, 1), (7, 5, 3, 2, 0.5)],
+)
+def test_every_file_has_its_share_of_any_number_of_prompts(weights):
+    source = mixed(*((3, w) for w in weights))
+    taken = dict.fromkeys("abcde"[: len(weights)], 0)
+    bound = 1 - 1 / (2 * len(weights) - 2)
+    for n in range(1, 1500):
+        taken[next(source).problem.source] += 1
+        for name, weight in zip(taken, weights, strict=True):
+            assert abs(taken[name] - n * weight / sum(weights)) <= bound + 1e-9, (n, taken)
+
+
+def test_each_file_is_permuted_anew_in_its_own_epochs():
+    source = mixed((3, 3), (5, 1))
+    taken = [next(source).problem for _ in range(40)]
+    for name, n in (("a", 3), ("b", 5)):
+        own = [p.id for p in taken if p.source == name]
+        epochs = [own[i : i + n] for i in range(0, len(own) - n + 1, n)]
+        assert all(len(set(epoch)) == n for epoch in epochs)
+        assert name == "b" or len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_weights_are_shares_whatever_the_sizes():
+    assert sum(p.problem.source == "a" for p in mixed((3, 1), (37, 1)).take(40)) == 20
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7, 33])
+def test_a_resumed_mix_continues_with_the_next_prompt(taken):
+    shares = ((3, 0.5), (5, 0.3), (2, 0.2))
+    whole, first, second = ids(mixed(*shares).take(60)), mixed(*shares), mixed(*shares)
+    first.take(taken)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert ids(second.take(60 - taken)) == whole[taken:]
+    assert ids(mixed(*shares, seed=1).take(60)) != whole
+
+
+@pytest.mark.parametrize("source", [stream(), mixed((3, 1), (5, 2))])
+def test_a_copy_goes_on_by_itself(source):
+    source.take(3)
+    ahead = ids(copy.copy(source).take(30))
+    assert ids(source.take(30)) == ahead
+
+
+def test_a_mix_of_other_weights_is_not_resumed():
+    state = mixed((3, 1), (5, 2)).state_dict()
+    for other in (mixed((3, 1), (5, 3)), stream(8)):
+        other.fingerprint = state["fingerprint"]
+        with pytest.raises(TaskError, match=r"the weights of task\.train changed"):
+            other.load_state_dict(state)
+
+
+def test_a_checkpoint_from_before_files_stayed_on_the_disk_is_resumed():
+    def now(suffix: str = "") -> PromptStream:
+        problems = [Problem(f"p{i}", f"{i}?", str(i), "") for i in range(7)]
+        return PromptStream(
+            problems, prompts=[p.problem + suffix for p in problems], seed=0, rows_fingerprint="rows:0123456789abcdef"
+        )
+
+    earlier, later = stream(), now()
+    earlier.take(3)
+    later.load_state_dict(earlier.state_dict())
+    assert ids(later.take(9)) == ids(earlier.take(9))
+    with pytest.raises(TaskError, match="the problems or their prompts changed"):
+        now("!").load_state_dict(earlier.state_dict())
+
+
+def test_a_fingerprint_of_rows_tells_problems_and_prompts_apart():
+    def mark(*problems: Problem, prompt: str = "1+1?") -> str:
+        found = Fingerprint()
+        for problem in problems:
+            found.add(problem)
+        return found.value(prompt)
+
+    turns = ({"role": "user", "content": "1+1?"},)
+    other = Problem("b", "2+2?", "4", "test")
+    assert mark(PROBLEM, other) == mark(other, PROBLEM)
+    marks = {
+        mark(PROBLEM),
+        mark(PROBLEM, prompt="Q: 1+1?"),
+        mark(other),
+        mark(Problem("a", "1+1?", "3", "test")),
+        mark(Problem("b", "1+1?", "2", "test")),
+        mark(Problem("a", "1+1?", "2", "test", messages=turns)),
+        mark(Problem("a", "1+1?", "2", "test", messages=({"role": "system", "content": "S"}, *turns))),
+    }
+    assert len(marks) == 7 and all(":" in m for m in marks) and ":" not in fingerprint([Prompt(PROBLEM, "1+1?")])
 
 
 def test_a_stream_refuses_bad_problems():

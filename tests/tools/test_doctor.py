@@ -66,7 +66,7 @@ def test_what_preflight_finds_is_told_by_check_and_nothing_starts(main: Main, no
     status, lines, last = main("parallel.tensor=1", "rollout.max_new_tokens=300", "task.kind=jsonl", "task.train=/no")
     assert (status, last) == (1, "2 of 24 checks are WRONG")
     assert lines["model"].startswith("WRONG    rollout.max_prompt_tokens + max_new_tokens = 100 + 300 = 400 exceeds")
-    assert lines["data files"].startswith("WRONG    task.train = /no: no such readable file; name a JSONL file")
+    assert lines["data files"].startswith("WRONG    task.train = /no: no such readable file or folder; name one")
     assert {lines[name] for name in LIVE} == {"skipped  (a run could not start: model, data files)"}
     for name in ("method", "weights", "run folder", "devices"):
         assert lines[name] == "ok"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -373,6 +374,18 @@ def test_a_model_without_a_context_is_named(model, data, tmp_path, capsys):
     arguments = ["--model", str(other), "--benchmark", "mine", "--data", str(data), "--output", str(tmp_path / "out")]
     assert evaluate.main(arguments, generator=Oracle()) == 2
     assert "has no max_position_embeddings" in capsys.readouterr().err
+
+
+def test_data_of_every_form_and_their_columns(call, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    renamed = [{"q": {"text": row["problem"]}, "a": int(row["answer"])} for row in rows]
+    Dataset.from_list(renamed).save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    Dataset.from_list(renamed).to_parquet(tmp_path / "folder" / "mine.parquet")
+    arguments = ["--model", "m", "--benchmark", "mine", "--fields", "problem=q.text", "answer=a", "--data"]
+    for path in (tmp_path / "saved", tmp_path / "folder", tmp_path / "folder" / "mine.parquet"):
+        found = evaluate.benchmark_problems("mine", evaluate.parse([*arguments, str(path)]))
+        assert [(p.problem, p.answer) for p in found] == [(row["problem"], row["answer"]) for row in rows]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the checkout")

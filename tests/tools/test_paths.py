@@ -27,6 +27,16 @@ def test_relative_paths_become_absolute_overrides(
         f"model.path={tmp_path}/models/m",
         f"task.heldout={tmp_path}/data/h.jsonl",
     ]
+    listed = [
+        "run.dir=/r",
+        "model.path=/m",
+        "task.heldout=null",
+        "task.train=[{path: a, weight: 2}, {path: /b, weight: 1}]",
+    ]
+    assert paths.main(["--recipe", "r.yaml", *listed]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f'task.train=[{{"path":"{tmp_path}/a","weight":2.0}},{{"path":"/b","weight":1.0}}]'
+    assert paths.main(["--recipe", "r.yaml", *listed, line]) == 0 and capsys.readouterr().out == "\n"
     assert paths.main(["--recipe", "r.yaml", "run.dirr=x"]) == 2
     assert "run.dirr" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Sets of every known shape become one form; duplicates, overlap, checksums and bad input are named."""
 
 import csv
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -98,6 +99,28 @@ def test_json_and_parquet(tmp_path):
     expected = [("Problem 0", "0"), ("Problem 1", "1"), ("Problem 2", "2")]
     for suffix in ("json", "parquet"):
         assert [(p.problem, p.answer) for p in load_problems("dapo17k", tmp_path / f"set.{suffix}")] == expected
+
+
+def test_what_a_run_reads_is_read_here_too(tmp_path, capsys):
+    """Packed files, a folder, and rows by their columns, chat messages among them."""
+    rows = [{"problem": f"Problem {n}", "answer": str(n)} for n in range(3)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "part.jsonl.gz").write_bytes(gzip.compress(text))
+    for path in (tmp_path / "set", tmp_path / "set" / "part.jsonl.gz"):
+        assert [p.problem for p in load_problems("dapo17k", path)] == [row["problem"] for row in rows]
+    turns = [{"role": "user", "content": "Find x."}]
+    file = write(tmp_path / "verl.jsonl", [{"prompt": turns, "reward_model": {"ground_truth": 5}, "data_source": "m"}])
+    fields = ["--fields", "problem=prompt", "answer=reward_model.ground_truth", "source=data_source"]
+    output = ["--output", str(tmp_path / "data")]
+    assert main(["dapo17k", "--from", str(file), *fields, *output]) == 0
+    (problem,) = load_jsonl(tmp_path / "data" / "dapo17k.jsonl")
+    assert (problem.messages, problem.problem, problem.answer, problem.source) == (turns, "Find x.", "5", "m")
+    assert problem.metadata == {"reward_model": {"ground_truth": 5}}
+    capsys.readouterr()
+    for wrong in (["promblem=x"], ["problem"], ["problem="]):
+        assert main(["dapo17k", "--from", str(file), "--fields", *wrong, *output]) == 2
+        assert "the form is KEY=COLUMN, once for each KEY of id, problem, answer, source" in capsys.readouterr().err
 
 
 def test_duplicates():
@@ -198,7 +221,7 @@ def test_one_bad_set_leaves_the_folder_as_it_was(monkeypatch, tmp_path, capsys):
     ("file", "content", "message"),
     [
         ("missing.jsonl", None, "No such file"),
-        ("empty.jsonl", "", "holds no rows"),
+        ("empty.jsonl", "", "is empty"),
         ("torn.jsonl", '{"problem": "p", "answer": "1"}\n{"prob', "torn.jsonl:2: not JSON"),
         ("list.jsonl", "[1]\n", "list.jsonl:1: list instead of an object"),
         ("columns.jsonl", '{"text": "p"}\n', "the columns are text"),
@@ -215,7 +238,7 @@ def test_one_bad_set_leaves_the_folder_as_it_was(monkeypatch, tmp_path, capsys):
         ("options.csv", "problem,options,answer\np,red;blue,B\n", "options.csv:2: options is 'red;blue' (str)"),
         ("nan.json", '[{"problem": "p", "answer": NaN}]', "nan.json, entry 1: answer is 'nan', a missing value"),
         ("set.txt", "x", "ends in none of .jsonl"),
-        ("set.parquet", "x", "not a parquet file"),
+        ("set.parquet", "x", "not a Parquet file"),
     ],
 )
 def test_bad_input_is_named(tmp_path, capsys, file, content, message):
