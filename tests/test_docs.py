@@ -12,9 +12,11 @@ from dcpo_openrlhf.recipe import families, preflight
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import GraderPool
-from dcpo_openrlhf.rollout.tasks import load_jsonl
+from dcpo_openrlhf.rollout.chat import render
+from dcpo_openrlhf.rollout.data import load, load_jsonl
+from dcpo_openrlhf.rollout.tasks import prompt_template
 from tests.bounds import HANG_S
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -55,6 +57,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for block in code_blocks("bring_your_own.md", language):
             (tmp_path / block.split("\n")[0].removeprefix("# ")).write_text(block)
     monkeypatch.chdir(tmp_path)
+    exec(compile((tmp_path / "make_parquet.py").read_text(), "make_parquet.py", "exec"), {})
     return tmp_path
 
 
@@ -94,7 +97,30 @@ def test_bring_your_own(recipe: str, rewards: list[tuple[float, float]] | None, 
     assert right.logs == {"brevity": pytest.approx(1 / 5)}
 
 
-@pytest.mark.parametrize("recipe", ["openrlhf.yaml", "mix.yaml"])
+def test_verls_parquet_file(own: Path) -> None:
+    recipe = load_recipe(own / "verl.yaml")
+    (file,), r = recipe.task.files("train"), recipe.reward
+    assert file.fields is not None
+    problems = load(file.path, file.fields.model_dump())
+    assert [(p.id, p.answer, p.source) for p in problems] == [
+        (f"{i + 1}", a, "openai/gsm8k") for i, a in enumerate(("7", "15", "42"))
+    ]
+    chat_prompt = render(problems[0], tokenizer=make_tokenizer(), template=prompt_template(recipe.task.template))
+    assert (
+        chat_prompt.count("What is 3 + 4? Answer with only the number.<|im_end|>") == 1 and "FIRST" not in chat_prompt
+    )
+    with GraderPool(
+        workers=1, extractor=r.default, by_source=r.by_source, deadline_s=HANG_S, success_threshold=r.success_threshold
+    ) as pool:
+        grades = pool.grade(["7", "8", "seven"], [question(problems[0])] * 3)
+    assert [(g.reward, g.success, g.logs) for g in grades] == [
+        (1.0, 1.0, {"acc": 1.0, "terms": 2.0}),
+        (0.1, 0.0, {"acc": 0.0, "terms": 2.0}),
+        (0.0, 0.0, {"acc": 0.0, "terms": 2.0}),
+    ]
+
+
+@pytest.mark.parametrize("recipe", ["openrlhf.yaml", "mix.yaml", "verl.yaml"])
 def test_the_recipes_of_bring_your_own_pass_a_dry_run(
     recipe: str, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +133,7 @@ def test_the_recipes_of_bring_your_own_pass_a_dry_run(
     assert "a run on this machine would be refused" not in capsys.readouterr().out
     (own / "reward_func.py").write_text("import nowhere\n")
     (own / "poems.py").unlink()
+    (own / "compute_score.py").unlink()
     assert train_dcpo.main(["--recipe", str(own / recipe), *small, "--dry-run"]) == 2
     assert "cannot be imported" in capsys.readouterr().err
 
