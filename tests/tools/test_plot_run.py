@@ -436,6 +436,8 @@ class TestInBrowser:
         # the second one belongs to step 2: it is in both steps' pictures, here up to the step's end
         assert rows["engine 0"] == [("generate", 3.0, 0.0, 3.0), ("generate", 5.0, 4.0, 9.0)]
         assert bars(dom, "engine 0")[1]["right"] == bars(dom, "driver")[-1]["right"]
+        after, _ = timeline(opened(page, choose.replace("= 1", "= 2")))
+        assert after["engine 0"] == [("generate", 5.0, -4.0, 1.0)], "it began before the step"
         tops = {bar["phase"]: bar["y"] for bar in bars(dom, "driver")}
         assert tops["rollout"] == tops["update"] < tops["grade"], "what is inside another one is drawn below it"
         assert "100 % busy" in dom and "88 % busy" in dom and "50 % busy" in dom
