@@ -9,8 +9,10 @@ from dcpo_openrlhf.controller import EntropyController, SampleWeight, SteppedCoe
 from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.monitor.cost import Cost
 from dcpo_openrlhf.monitor.sinks import MetricsLog
+from dcpo_openrlhf.monitor.timeline import Timeline
 from dcpo_openrlhf.monitor.trends import Monitor
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.profiling import ProfiledSteps
 from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.chat import stop_tokens
@@ -76,3 +78,10 @@ def make_log(recipe: Recipe, *, done: int = 0) -> MetricsLog:
     """The sinks of a run that has `done` steps behind it."""
     config = recipe.model_dump(mode="json")
     return MetricsLog(recipe.run.dir, recipe.monitor, config=config, first_step=done + 1)
+
+
+def make_watchers(recipe: Recipe, group: Any, engines: list[Any]) -> tuple[Timeline, ProfiledSteps]:
+    """What looks at the processes while they work; group: None where nothing is trained."""
+    ranks = group._actor_handlers if group else []
+    timeline = Timeline(recipe.run.dir, engines=engines, ranks=ranks)
+    return timeline, ProfiledSteps(recipe.run.profile, recipe.run.dir, group)

@@ -14,6 +14,7 @@ from dcpo_openrlhf.controller import ControllerDecision, EntropyController
 from dcpo_openrlhf.divergences import correction_weight, kl_estimate
 from dcpo_openrlhf.experience import CHUNK_ROWS, DCPOExperience, batch_entropies, padded
 from dcpo_openrlhf.openrlhf_seam import make_importable
+from dcpo_openrlhf.phases import phase
 from dcpo_openrlhf.rollout.checks import require_possible_statistics
 
 make_importable()
@@ -73,6 +74,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
             found.append(e)
         return found
 
+    @phase("statistics")
     @torch.no_grad()
     def make_experience(self, samples_list: list[DCPOExperience]) -> list[DCPOExperience]:
         """log pi_old, log pi_old^T for every T, and exact entropy, from one forward of the policy over each row."""
@@ -140,6 +142,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         finally:
             flag.unlink(missing_ok=True)
 
+    @phase("advantages")
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[DCPOExperience]) -> list[DCPOExperience]:
         """T and alpha from this batch's entropy and success rate, then each update's advantages."""

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dcpo_openrlhf import signals
-from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor
+from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor, make_watchers
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.colocation import Colocation
 from dcpo_openrlhf.experience import DCPOExperience, put
@@ -23,6 +23,7 @@ from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
 from dcpo_openrlhf.monitor.statistics import batch_metrics, correction_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
+from dcpo_openrlhf.phases import Stopwatch, phase
 from dcpo_openrlhf.recipe.resume import REPORT, starting_model, what_is_kept
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
@@ -61,6 +62,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.experience_maker.resample = self.tempered_rollout
         self.generator = make_generator(strategy, engines, tokenizer)
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
+        self.timeline, self.profile = make_watchers(recipe, actor_group, engines)
         self.weights_version, self.starting_model = 0, starting_model(recipe)
         c = recipe.checkpoint
         self.checkpoints = CheckpointFolder(
@@ -82,7 +84,9 @@ class DCPOTrainer(BasePPOTrainer):
     def fit(self, global_step: int = 0) -> None:
         """Run the recipe, or the rest of it: evaluation, `train.steps` steps, evaluation, export, report."""
         recipe, done = self.recipe, self.start()
+        self.timeline.write(done, "start")
         for step in range(done + 1, recipe.train.steps + 1):
+            self.profile.begin(step)
             clock = Stopwatch()
             samples = self.rollout(step)
             clock.lap("rollout")
@@ -92,8 +96,9 @@ class DCPOTrainer(BasePPOTrainer):
             clock.lap("token_stats")
             with signals.held():  # a signal that arrives during an update waits for its end
                 self.in_hand = step
-                put(experiences, self.actor_model_group)
-                status = self.ppo_train(step)
+                with phase("update"):
+                    put(experiences, self.actor_model_group)
+                    status = self.ppo_train(step)
                 clock.lap("train")
                 try:
                     self.sync_weights()
@@ -101,11 +106,13 @@ class DCPOTrainer(BasePPOTrainer):
                     clock.lap("weight_sync")
                     self.history.append(self.record(step, experiences, status | clock.seconds()))
                     self.settle(step)
+            self.profile.end(step)
             del samples, experiences  # before the next step's come: gigabytes of a large one
             if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.train.steps:
                 self.settle(step, heldout_accuracy=self.evaluate(step))
             if recipe.checkpoint.every and (step % recipe.checkpoint.every == 0 or self.monitor.stopping):
                 self.begin_checkpoint()
+            self.timeline.write(step)
             if self.monitor.stopping:
                 break
         self.end(int(self.history[-1]["train/step"]))
@@ -117,6 +124,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.checkpoints.score(step, {} if after is None else {"heldout_accuracy": after})
         exported = self.export()
         self.report(after, exported)
+        self.timeline.write(step, "end")
         self.close()
 
     def start(self) -> int:
@@ -162,6 +170,7 @@ class DCPOTrainer(BasePPOTrainer):
         }
         self.settled, self.in_hand = (state, scores), None
 
+    @phase("save")
     def begin_checkpoint(self) -> None:
         """Start the checkpoint of the last finished step; it is finished after the next rollout, or at once."""
         assert self.settled is not None
@@ -170,6 +179,7 @@ class DCPOTrainer(BasePPOTrainer):
         if not self.recipe.checkpoint.asynchronous:
             self.finish_checkpoint()
 
+    @phase("save")
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint in flight, if any, is whole."""
         with signals.held():
@@ -205,9 +215,11 @@ class DCPOTrainer(BasePPOTrainer):
                 **clock.seconds(),
             }
             self.log.write(step, metrics)
+            self.timeline.write(step)
             means = metrics["rollout/reward_mean"], metrics["rollout/success_rate"]
             logger.info("step %d/%d  reward %.2f  success %.2f", step, self.recipe.train.steps, *means)
         self.log.close()
+        self.timeline.close()
 
     def rollout(self, step: int) -> list[Any]:
         """G responses of the current policy to each of the step's prompts, graded; then those that it leaves."""
@@ -234,6 +246,7 @@ class DCPOTrainer(BasePPOTrainer):
         step, prompts = self.experience_maker.step, self.experience_maker.prompts[:count]
         return self._rollout(prompts, step=step, request=TEMPERED_STEP + step, temperature=temperature)[0]
 
+    @phase("rollout")
     def _rollout(
         self, prompts: Sequence[tasks.Prompt], *, step: int, request: int, temperature: float, first: int = 0
     ) -> tuple[list[Any], list[str], list[Grade]]:
@@ -250,6 +263,7 @@ class DCPOTrainer(BasePPOTrainer):
         require_possible_samples(samples, step=step, prompts=prompts, group_size=size, weights_version=version)
         return samples, texts, grades
 
+    @phase("sync")
     def sync_weights(self) -> None:
         """Send the policy to every engine and check that each reports the new version; a replay has none."""
         self.weights_version += 1
@@ -258,6 +272,7 @@ class DCPOTrainer(BasePPOTrainer):
         with self.devices.engines_awake(["weights"], policy_away=False):
             self.vllm_engines.sync(self.actor_model_group, self.weights_version)
 
+    @phase("monitor")
     def record(self, step: int, experiences: list[DCPOExperience], status: dict[str, float]) -> dict[str, float]:
         """Write the step's metrics and the progress line; returns the metrics."""
         decision, begin = self.experience_maker.decision, time.monotonic()
@@ -300,9 +315,11 @@ class DCPOTrainer(BasePPOTrainer):
     def close(self) -> None:
         """Close the sinks; raises MonitorStop where the monitor ended the run."""
         self.log.close()
+        self.timeline.close()
         if self.monitor.stopping:
             raise MonitorStop(self.monitor.stopping, saved=what_is_kept(self.recipe, self.checkpoints.saved_step))
 
+    @phase("evaluation")
     def evaluate(self, global_step: int, **_: Any) -> float | None:  # type: ignore[override]
         """Held-out accuracy (Avg@samples) of the engines' weights; None without held-out problems."""
         e = self.recipe.evaluation
@@ -331,6 +348,7 @@ class DCPOTrainer(BasePPOTrainer):
             file.write(json.dumps({"step": global_step, **means, "responses": len(grades)}) + "\n")
         return accuracy
 
+    @phase("export")
     def export(self) -> Path | None:
         """The policy as a Hugging Face folder in the run folder."""
         if not self.recipe.checkpoint.export_hf:
@@ -366,6 +384,7 @@ class DCPOTrainer(BasePPOTrainer):
                 **sampling,
             )
 
+    @phase("grade")
     def _grade(self, samples: list[Any], prompts: Sequence[tasks.Prompt], step: int) -> tuple[list[str], list[Grade]]:
         """The text of each response and what it earns; what a reward function failed on is told."""
         texts, grades = grade_samples(
@@ -380,19 +399,3 @@ class DCPOTrainer(BasePPOTrainer):
             self.log.line(event)
             logger.warning("step %d: %s", step, event["text"])
         return texts, grades
-
-
-class Stopwatch:
-    """Seconds of each phase of a step, as time/* metrics."""
-
-    def __init__(self) -> None:
-        self._begin = self._last = time.monotonic()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self._laps[f"time/{name}"] = now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        return self._laps | {"time/step": self._last - self._begin}

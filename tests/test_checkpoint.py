@@ -352,6 +352,7 @@ def make_run(run: Path) -> None:
     rows = [json.dumps({"step": step, "x": step}) + "\n" for step in range(1, 6)]
     (run / "metrics.jsonl").write_text("".join(rows) + '{"step": 6, "x"')
     (run / "evaluation.jsonl").write_text('{"step": 0}\n{"step": 4}\n')
+    (run / "timeline.jsonl").write_text('{"step": 0}\n{"step": 3}\n{"step": 4}\n{"step": 5')
     (run / "recipe.yaml").write_text("old recipe")
     for name in ("step_000003.jsonl", "step_000004.jsonl", "step_000004.pt", "evaluation_000004.pt"):
         (run / "samples" / name).write_text(name)
@@ -367,6 +368,7 @@ def test_what_lies_beyond_the_checkpoint_is_cut_and_kept(tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl").read_bytes() + (cut / "metrics.jsonl").read_bytes() == before
     assert (tmp_path / "evaluation.jsonl").read_text() == '{"step": 0}\n'
+    assert (tmp_path / "timeline.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_000003.jsonl"]
     assert len(list((cut / "samples").iterdir())) == 3
     assert steps(tmp_path) == [3] and damage(cut / "checkpoints/step_000005") is None

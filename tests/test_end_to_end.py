@@ -1,5 +1,6 @@
 """The whole path with a tiny model: two steps at tp 2, a real vLLM engine, sync, export, reload, a repeat, a signal."""
 
+import itertools
 import json
 import os
 import signal
@@ -99,6 +100,11 @@ class Run:
     def samples(self, step: int) -> list[dict]:
         return [json.loads(line) for line in (self.folder / f"samples/step_{step:06d}.jsonl").read_text().splitlines()]
 
+    def phases(self, step: int, process: str) -> set[str]:
+        rows = [json.loads(line) for line in (self.folder / "timeline.jsonl").read_text().splitlines()]
+        (row,) = [row for row in rows if (row["step"], row["part"]) == (step, "step")]
+        return {name for name, _, _ in row["processes"][process]}
+
     def alive(self) -> list[str]:
         found = []
         for process in psutil.process_iter():
@@ -145,8 +151,12 @@ def test_run_folder_holds_metrics_samples_and_report(finished: Run) -> None:
 @pytest.mark.long
 def test_colocated_run_on_two_pipeline_stages(tmp_path: Path, model: Path) -> None:
     mesh = ["parallel.tensor=1", "parallel.pipeline=2", "parallel.colocate=true", "run.logical_devices=2"]
-    run = Run(tmp_path / "run", model, *mesh, "train.micro_batch_tokens=600")
+    run = Run(tmp_path / "run", model, *mesh, "train.micro_batch_tokens=600", "run.profile=[2]")
     assert run.wait() == 0, run.log.read_text()[-3000:]
+    traces = {path.name: trace(path) for path in (run.folder / "profile").iterdir()}
+    for stage in (0, 1):
+        assert "aten::mm" in traces[f"step_000002_policy_stage{stage}.json"]
+    assert {"wake", "sleep", "generate"} <= run.phases(2, "engine 0") and "offload" in run.phases(2, "policy 1")
     for m in run.metrics():
         assert m["mismatch/prob_diff_mean"] < 1e-4 and m["policy/grad_norm"] > 0
 
@@ -188,8 +198,10 @@ if __name__ == "__main__":
     assert "TOKENS" in out.stdout, out.stderr[-3000:]
 
 
-def test_same_seed_repeats_prompts_and_first_metrics_and_a_signal_ends_all(finished: Run, model: Path) -> None:
-    again = Run(finished.folder.with_name("again"), model, *TERMS, "train.steps=50")
+@pytest.fixture(scope="module")
+def again(finished: Run, model: Path) -> Run:
+    """The same run once more with its first step profiled, ended by a signal after it."""
+    again = Run(finished.folder.with_name("again"), model, *TERMS, "train.steps=50", "run.profile=[1]")
     again.wait_for("step 1/50")
     again.process.send_signal(signal.SIGTERM)
     assert again.wait(ENDS_S) == 128 + signal.SIGTERM, again.log.read_text()[-3000:]
@@ -198,9 +210,40 @@ def test_same_seed_repeats_prompts_and_first_metrics_and_a_signal_ends_all(finis
         assert time.monotonic() < ends, left
         time.sleep(0.5)
     assert "ended by SIGTERM" in again.log.read_text()
+    return again
 
+
+def test_same_seed_repeats_prompts_and_first_metrics_profiled_or_not(finished: Run, again: Run) -> None:
     first, repeat = finished.metrics()[0], again.metrics()[0]
     assert [r["id"] for r in again.samples(1)] == [r["id"] for r in finished.samples(1)]
     assert [r["response"] for r in again.samples(1)] == [r["response"] for r in finished.samples(1)]
     for name in ("entropy/exact", "entropy/sampled", "rollout/reward_mean", "policy/loss", "policy/grad_norm"):
         assert repeat[name] == pytest.approx(first[name], rel=1e-5), name
+
+
+def trace(file: Path) -> set[str]:
+    return {event["name"] for event in json.loads(file.read_text())["traceEvents"]}
+
+
+def test_a_profiled_step_has_a_trace_of_the_driver_and_of_one_rank_a_stage(finished: Run, again: Run) -> None:
+    driver, policy = sorted((again.folder / "profile").iterdir())
+    assert (driver.name, policy.name) == ("step_000001_driver.json", "step_000001_policy_stage0.json")
+    assert {"rollout", "grade", "advantages", "update", "sync", "monitor"} <= trace(driver)
+    assert {"statistics", "update", "sync", "aten::mm"} <= trace(policy), "of two tensor ranks the first"
+    assert not (finished.folder / "profile").exists()
+
+
+def test_the_timeline_has_every_process_at_every_step(finished: Run) -> None:
+    rows = [json.loads(line) for line in (finished.folder / "timeline.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["part"]) for row in rows] == [(0, "start"), (1, "step"), (2, "step"), (2, "end")]
+    assert all(before["end"] == after["begin"] for before, after in itertools.pairwise(rows))
+    engine, ranks = {"generate", "load weights"}, {"statistics", "update", "sync"}
+    wanted = {"driver": ranks | {"rollout", "grade", "advantages", "monitor"}, "engine 0": engine}
+    wanted |= {"policy 0": ranks, "policy 1": ranks}
+    for row in rows[1:3]:
+        assert row["processes"].keys() == wanted.keys()
+        for process, phases in wanted.items():
+            assert phases <= finished.phases(row["step"], process), process
+        for done in row["processes"].values():  # of this step: nothing here is made ahead
+            assert all(0 <= b <= e <= row["end"] - row["begin"] + 1e-3 for _, b, e in done)
+    assert {"evaluation", "export"} <= {name for name, _, _ in rows[3]["processes"]["driver"]}

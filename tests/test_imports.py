@@ -29,7 +29,7 @@ LEVELS = (
     ("weight_sync",),
     ("openrlhf_seam",),
     ("recipe",),
-    ("checkpoint", "colocation", "signals", "local_ray"),
+    ("checkpoint", "colocation", "signals", "local_ray", "phases", "profiling"),
     ("errors",),
     ("methods", "divergences"),
     ("objectives", "controller"),

@@ -1,4 +1,4 @@
-"""Draw runs side by side: as a picture, and as one HTML page with every metric, the events and the kept samples.
+"""Draw runs side by side: as a picture, and as one HTML page with every metric, the timeline, events and kept samples.
 
 python -m tools.plot_run RUN_DIR [RUN_DIR ...] --output FILE.png --output FILE.html
 
@@ -153,10 +153,36 @@ def _page_run(label: str, folder: Path, colour: str) -> dict[str, Any]:
         "colour": colour,
         "steps": steps,
         "series": {name: [_finite(row.get(name)) for row in merged] for name in names},
+        "timeline": _timeline(folder),
         "events": [_event(row, folder) for row in optional(folder, "events.jsonl")],
         "samples": {step: [_plain(_shortened(row)) for row in read_jsonl(files[step])] for step in kept},
         "note": f"{len(kept)} of {len(files)} steps are in this page." if len(kept) < len(files) else "",
     }
+
+
+def _timeline(folder: Path) -> list[Row]:
+    """Rows of timeline.jsonl, all in seconds since the first one began: {label, start, begin, end, bars}.
+
+    Bars are {process: [[phase, begin, end], ...]}. None in runs of before there was such a file.
+    """
+    rows, file = optional(folder, "timeline.jsonl"), folder / "timeline.jsonl"
+    labels = {"start": "start", "step": "", "end": "end, after "}
+    found = []
+    for row in rows:
+        try:
+            begin, zero = float(row["begin"]), float(rows[0]["begin"])
+            first = row["part"] == "start" and row["step"]  # of a resumed run
+            label = f"start, after {row['step']}" if first else labels[row["part"]] + str(row["step"] or "")
+            bars = {
+                process: [[name, round(begin - zero + b, 4), round(begin - zero + e, 4)] for name, b, e in done]
+                for process, done in row["processes"].items()
+            }
+            times = {"begin": round(begin - zero, 4), "end": round(float(row["end"]) - zero, 4)}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            wrong = f"{file}: a row has step, part, begin, end and processes, not {_shortened(row)}"
+            raise RunError(wrong) from error
+        found.append({"label": label, "start": row["part"] == "start", **times, "bars": bars})
+    return found
 
 
 def _finite(value: object) -> float | None:

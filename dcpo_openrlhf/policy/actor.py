@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
+from dcpo_openrlhf import phases
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy, make_importable
+from dcpo_openrlhf.phases import phase
+from dcpo_openrlhf.profiling import Recording
 from dcpo_openrlhf.recipe.resume import STOP
 from dcpo_openrlhf.recipe.schema import Recipe
 
@@ -105,6 +108,7 @@ class PolicyActor(BaseModelActor):
         data = {name: [received(item) for item in items] for name, items in all_data.items()}
         return [sent(result) for result in super().execute_batch(method_name, data, start_idx, end_idx)]
 
+    @phase("statistics")
     def token_statistics(
         self, rows: Rows, temperatures: list[float], reference: bool = False
     ) -> dict[str, torch.Tensor] | None:
@@ -125,6 +129,7 @@ class PolicyActor(BaseModelActor):
         """Keep this data rank's rows of one update for `fit`."""
         self._updates.append(experience)
 
+    @phase("update")
     def fit(self, kl_ctl: float = 0.0) -> dict[str, float]:
         """One optimizer step for each appended update; the mean of their metrics, the same on every rank."""
         updates, self._updates = self._updates, []
@@ -133,6 +138,7 @@ class PolicyActor(BaseModelActor):
             self.empty_cache()
         return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
 
+    @phase("sync")
     def broadcast_to_vllm(self) -> int:
         """Send the weights to every engine; returns their new version."""
         self.weight_sync.send_weights()
@@ -150,10 +156,12 @@ class PolicyActor(BaseModelActor):
     def checkpoint(self) -> "PolicyCheckpoint | ZeroCheckpoint":
         raise NotImplementedError
 
+    @phase("save")
     def save_checkpoint(self, folder: str) -> None:
         """Copy this rank's state; a thread writes it to the folder."""
         self.checkpoint.save(Path(folder))
 
+    @phase("save")
     def finish_checkpoint(self) -> "dict[str, FileSum]":
         """Wait for that thread; sums of the files that this rank wrote."""
         return self.checkpoint.finish()
@@ -164,6 +172,7 @@ class PolicyActor(BaseModelActor):
         if self.weight_sync is not None:
             self.weight_sync.version = weights_version
 
+    @phase("export")
     def save_model(self, output: str) -> str:
         """Write the policy as a Hugging Face folder (rank 0 writes, the others help to gather)."""
         from transformers import AutoTokenizer
@@ -188,14 +197,28 @@ class PolicyActor(BaseModelActor):
     def _offload(self) -> "Offload | ZeroOffload":
         raise NotImplementedError
 
+    @phase("offload")
     def offload(self) -> None:
         """Move weights and optimizer to host memory: colocated engines generate now."""
         self._offload.away()
         self.empty_cache()
 
+    @phase("onload")
     def onload(self) -> None:
         """Take weights and optimizer back to the device."""
         self._offload.back()
+
+    def take_phases(self) -> list[phases.Phase]:
+        return phases.take()
+
+    def begin_profile(self) -> None:
+        """Record what this rank does, the first of its pipeline stage; the others do alike."""
+        self._recording = Recording(self.mesh.device.type) if self.mesh.is_stage_leader else None
+
+    def end_profile(self, folder: str, prefix: str) -> None:
+        if self._recording is not None:
+            self._recording.write(Path(folder), f"{prefix}_policy_stage{self.mesh.pipeline_rank}")
+            self._recording = None
 
     def peak_flops(self) -> float | None:
         """FLOP/s that this rank's device reaches at most in the model's format; None where it is not known."""

@@ -30,6 +30,7 @@ MAY_DIFFER = (
     "run.dir",
     "run.ray_address",
     "run.logical_devices",
+    "run.profile",
     "run.worker_logs",
     "run.startup_timeout",
     "run.shutdown_timeout",

@@ -62,6 +62,14 @@ def _step_rules(r: "Recipe") -> list[tuple[bool, str]]:
             "train.rollout_only has nothing to resume: its policy is the model; set checkpoint.resume=never",
         ),
         (
+            max(r.run.profile, default=0) <= t.steps,
+            f"run.profile = {r.run.profile} must name steps up to train.steps = {t.steps}; correct it, or raise that",
+        ),
+        (
+            not (t.rollout_only and r.run.profile),
+            f"run.profile = {r.run.profile} traces training steps, of which train.rollout_only has none; unset one",
+        ),
+        (
             t.micro_batch_tokens is None or t.micro_batch_tokens >= longest,
             f"train.micro_batch_tokens = {t.micro_batch_tokens} must hold the longest response: "
             f"rollout.max_prompt_tokens + max_new_tokens = {r.rollout.context}"

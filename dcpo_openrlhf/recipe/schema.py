@@ -32,6 +32,8 @@ class Run(Section):
     """None: join the job's cluster if one is announced (RAY_ADDRESS), else start a local one."""
     logical_devices: Positive = 8
     """Devices of the local cluster that a run on cpu starts by itself."""
+    profile: list[Positive] = []  # noqa: RUF012  (pydantic copies it)
+    """Steps of which torch's profiler writes traces to profile/: driver, one policy rank a pipeline stage."""
     worker_logs: bool = False
     """Show the output of actors and engines in the driver's log too; it is in Ray's session folder either way."""
     startup_timeout: Annotated[float, Field(gt=0)] = 900.0

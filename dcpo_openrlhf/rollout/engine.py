@@ -14,6 +14,7 @@ import psutil
 import ray
 from jaxtyping import Float32, Int32
 
+from dcpo_openrlhf import phases
 from dcpo_openrlhf.openrlhf_seam import make_importable
 
 make_importable()
@@ -58,7 +59,7 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
             os.environ |= omp_env(thread_binding(sorted(os.sched_getaffinity(0)), **cpu_share))
         os.environ[ACTOR_PID] = str(os.getpid())
         register()
-        self._update_open = False
+        self._update_open, self._update_begun = False, 0.0
         self._version = 0
         await super().__init__(*args, **kwargs)
 
@@ -80,6 +81,7 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
         if self._update_open:
             await self.llm.collective_rpc("abort_weight_update")
         self._update_open = True
+        self._update_begun = phases.now()
         await self.llm.start_weight_update()
 
     async def update_weights(self, request: "WeightTransferUpdateRequest") -> None:
@@ -90,6 +92,7 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
         self._version = await self.weight_version()
         await self.llm.reset_prefix_cache()
         self._update_open = False
+        phases.add("load weights", self._update_begun)
         await self.llm.resume_generation()
 
     async def update_weight_version(self, weight_version: str) -> None:
@@ -149,6 +152,10 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
         The scheduler starts when all of them are queued, so equal requests meet in equal batches: in bf16 the logits
         of a token depend a little on its batch.
         """
+        with phases.phase("generate"):
+            return await self._generate_groups(requests)
+
+    async def _generate_groups(self, requests: Sequence[dict[str, Any]]) -> list[list[Response]]:
         waiting = self.get_num_unfinished_requests()
         await self.llm.pause_generation(mode="keep", clear_cache=False)
         try:
@@ -160,7 +167,18 @@ class RolloutEngineActor(RolloutRayActor.__ray_metadata__.modified_class):  # ty
             await self.llm.resume_generation()
         return await asyncio.gather(*groups)
 
-    # Health.
+    async def sleep(self, level: int = 1) -> None:
+        with phases.phase("sleep"):
+            await super().sleep(level)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        with phases.phase("wake"):
+            await super().wake_up(tags)
+
+    # Health, and what it did.
+
+    def take_phases(self) -> list[phases.Phase]:
+        return phases.take()
 
     async def health(self) -> dict[str, Any]:
         """Version, unfinished requests and processes, by vLLM's engine process, which must answer; raises where it is

@@ -224,6 +224,8 @@ def test_home_and_variables_in_paths_are_filled_in(tmp_path: Path, monkeypatch: 
         (MINIMAL, ["steps=4"], ["override 'steps=4'", "section.key=value"]),
         (MINIMAL, ["train.steps=[4"], ["override 'train.steps=[4'", "not valid YAML"]),
         (MINIMAL, ["train.steps=many"], ["train.steps = 'many' must be a valid integer"]),
+        (MINIMAL, ["run.profile=3"], ["run.profile = 3 must be a valid list"]),
+        (MINIMAL, ["run.profile=[0]"], ["run.profile.0 = 0 must be greater than 0"]),
         (MINIMAL, ["train.steps=1.5"], ["train.steps = 1.5 must be a valid integer"]),
         (MINIMAL, ["train.steps="], ["train.steps = None must be a valid integer"]),
         (MINIMAL, ["method.mixing=cnvex"], ["method.mixing = 'cnvex' must be 'convex' or 'additive'"]),
@@ -341,6 +343,14 @@ RULES = [
     (
         ["train.rollout_only=true", "checkpoint.resume=auto"],
         ["train.rollout_only has nothing to resume", "set checkpoint.resume=never"],
+    ),
+    (
+        ["run.profile=[3, 8]", "train.steps=7"],
+        ["run.profile = [3, 8] must name steps up to train.steps = 7; correct it, or raise that"],
+    ),
+    (
+        ["run.profile=[1]", "train.rollout_only=true", "checkpoint.resume=never"],
+        ["run.profile = [1] traces training steps, of which train.rollout_only has none; unset one"],
     ),
     (
         ["parallel.expert=3", "parallel.pipeline=2"],

@@ -160,6 +160,39 @@ def test_a_step_made_again_after_a_resume_is_drawn_once(tmp_path):
 HOSTILE = "</script><script>document.title = 'taken'</script><b>bold</b> & \u2028"
 
 
+TIMELINE = [
+    {
+        "step": 0,
+        "part": "start",
+        "begin": 5000.0,
+        "end": 5002.0,
+        "processes": {"driver": [["sync", 0.0, 1.0]], "policy 0": []},
+    },
+    {
+        "step": 1,
+        "part": "step",
+        "begin": 5002.0,
+        "end": 5010.0,
+        "processes": {
+            "driver": [["grade", 3.0, 4.0], ["rollout", 0.0, 4.0], ["update", 4.0, 8.0]],
+            "policy 0": [["update", 4.0, 8.0]],
+            "engine 0": [["generate", 0.0, 3.0]],
+        },
+    },
+    {  # the engine generated for this step while the last one trained
+        "step": 2,
+        "part": "step",
+        "begin": 5010.0,
+        "end": 5016.0,
+        "processes": {"driver": [["update", 0.0, 6.0]], "engine 0": [["generate", -4.0, 1.0]]},
+    },
+    {"step": 2, "part": "end", "begin": 5016.0, "end": 5017.0, "processes": {"driver": [["export", 0.0, 0.5]]}},
+    {"step": 2, "part": "start", "begin": 9000.0, "end": 9001.0, "processes": {"driver": []}},
+    {"step": 3, "part": "step", "begin": 9001.0, "end": 9004.0, "processes": {"driver": [["update", 0.0, 3.0]]}},
+]
+"""A run of two steps, resumed an hour later for a third."""
+
+
 def full_run(folder: Path, *, alpha: float = 0.1) -> Path:
     """A run with everything that the page shows."""
     write_run(folder, alpha=alpha)
@@ -172,6 +205,7 @@ def full_run(folder: Path, *, alpha: float = 0.1) -> Path:
         "keys": {"a": 1},
     }
     write(folder / "events.jsonl", [event])
+    write(folder / "timeline.jsonl", TIMELINE)
     (folder / "samples").mkdir()
     for step in (1, 2):
         rows = [
@@ -275,6 +309,32 @@ def test_a_number_that_is_none_is_shown_by_its_name(tmp_path):
     assert data["events"][0]["details"] == "loss = nan"
 
 
+def test_the_timeline_is_in_seconds_of_the_run(tmp_path):
+    (data,) = plot_run.page_data({"run": full_run(tmp_path / "run")})["runs"]
+    rows = data["timeline"]
+    assert [row["label"] for row in rows] == ["start", "1", "2", "end, after 2", "start, after 2", "3"]
+    assert [(row["begin"], row["end"]) for row in rows[1:3]] == [(2.0, 10.0), (10.0, 16.0)]
+    assert rows[2]["bars"]["engine 0"] == [["generate", 6.0, 11.0]]
+    assert [row["start"] for row in rows] == [True, False, False, False, True, False]
+    (older,) = plot_run.page_data({"run": write_run(tmp_path / "older", alpha=0.1)})["runs"]
+    assert older["timeline"] == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"step": 1, "part": "step", "begin": 0.0, "end": 1.0},
+        {"step": 1, "part": "half", "begin": 0.0, "end": 1.0, "processes": {}},
+        {"step": 1, "part": "step", "begin": 0.0, "end": 1.0, "processes": {"driver": [["sync", 0.0]]}},
+    ],
+)
+def test_a_timeline_of_another_form_is_named(row, tmp_path, capsys):
+    run = full_run(tmp_path / "run")
+    write(run / "timeline.jsonl", [row])
+    assert plot_run.main([str(run), "--output", str(tmp_path / "x.html")]) == 2
+    assert f"{run}/timeline.jsonl: a row has step, part, begin, end and processes" in capsys.readouterr().err
+
+
 def test_event_without_cause_is_named(tmp_path, capsys):
     run = full_run(tmp_path / "run")
     write(run / "events.jsonl", [{"step": 1}])
@@ -359,3 +419,53 @@ class TestInBrowser:
         move = "const s = document.querySelector('svg'), b = s.getBoundingClientRect();"
         move += "s.onmousemove({clientX: b.left + b.width * 0.55});"
         assert "step 1: dcpo 0.2, grpo 0.1" in opened(page, move)
+
+    def test_the_timeline_shows_a_step_a_row_a_process(self, page):
+        rows, note = timeline(opened(page))
+        update = [("update", 3.0, 0.0, 3.0)]  # of the last step, which comes first; the others do nothing in it
+        assert (rows, note) == ({"driver": update, "engine 0": [], "policy 0": []}, "")
+        choose = "byId('timelineStep').value = 1; byId('timelineStep').onchange();"
+        dom = opened(page, choose)
+        rows, _ = timeline(dom)
+        assert list(rows) == ["driver", "engine 0", "policy 0"]
+        assert sorted(rows["driver"]) == [
+            ("grade", 1.0, 3.0, 4.0),
+            ("rollout", 4.0, 0.0, 4.0),
+            ("update", 4.0, 4.0, 8.0),
+        ]
+        # the second one belongs to step 2: it is in both steps' pictures, here up to the step's end
+        assert rows["engine 0"] == [("generate", 3.0, 0.0, 3.0), ("generate", 5.0, 4.0, 9.0)]
+        assert bars(dom, "engine 0")[1]["right"] == bars(dom, "driver")[-1]["right"]
+        after, _ = timeline(opened(page, choose.replace("= 1", "= 2")))
+        assert after["engine 0"] == [("generate", 5.0, -4.0, 1.0)], "it began before the step"
+        tops = {bar["phase"]: bar["y"] for bar in bars(dom, "driver")}
+        assert tops["rollout"] == tops["update"] < tops["grade"], "what is inside another one is drawn below it"
+        assert "100 % busy" in dom and "88 % busy" in dom and "50 % busy" in dom
+        assert all(f"</i>{phase}</span>" in dom for phase in ("grade", "rollout", "update", "generate"))
+
+    def test_the_timeline_moves_and_widens_but_not_over_a_resume(self, page):
+        wide = "byId('timelineCount').value = '20'; byId('timelineCount').onchange();"
+        rows, _ = timeline(opened(page, "byId('timelineStep').value = 1;" + wide))
+        assert rows["driver"][-1] == ("export", 0.5, 14.0, 14.5)  # from step 1 to the end, not to the next day
+        assert rows["engine 0"][-1] == ("generate", 5.0, 4.0, 9.0)
+        rows, _ = timeline(opened(page, "byId('earlier').click(); byId('earlier').click();"))
+        assert rows["driver"] == [("export", 0.5, 0.0, 0.5)]
+        rows, note = timeline(opened(page, "byId('timelineRun').value = 1; byId('timelineRun').onchange();"))
+        assert (rows, note) == ({}, "this run has no timeline.jsonl")
+
+
+def timeline(dom: str) -> tuple[dict[str, list[tuple[str, float, float, float]]], str]:
+    """({process: [(phase, seconds, from, to), ...]} as their titles tell, what is said instead of a picture)."""
+    found = {}
+    for process, inside in re.findall(r'<g data-process="([^"]+)">(.*?)</g>', dom, flags=re.DOTALL):
+        titles = re.findall(rf"<title>{process}: ([a-z ]+), ([\d.]+) s, from ([-\d.]+) to ([-\d.]+) s</title>", inside)
+        found[process] = [(phase, float(s), float(b), float(e)) for phase, s, b, e in titles]
+    (note,) = re.findall(r'id="timelineNote" class="meta">(.*?)</span>', dom)
+    return found, note
+
+
+def bars(dom: str, process: str) -> list[dict]:
+    """Each bar of the process's row, where it is drawn."""
+    (inside,) = re.findall(rf'<g data-process="{process}">(.*?)</g>', dom, flags=re.DOTALL)
+    found = re.findall(r'<rect class="bar" x="([\d.]+)" y="(\d+)" width="([\d.]+)".*?: ([a-z ]+),', inside)
+    return [{"y": int(y), "right": round(float(x) + float(w), 1), "phase": phase} for x, y, w, phase in found]

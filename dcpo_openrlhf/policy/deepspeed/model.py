@@ -32,6 +32,7 @@ class ZeroMesh:
     world_size: int
     device: torch.device
     is_data_leader: bool = True
+    pipeline_rank: int = 0
 
     @property
     def data_rank(self) -> int:
@@ -40,6 +41,11 @@ class ZeroMesh:
     @property
     def data_size(self) -> int:
         return self.world_size
+
+    @property
+    def is_stage_leader(self) -> bool:
+        """One rank of each pipeline stage, of which there is one."""
+        return self.rank == 0
 
 
 class ZeroStrategy(DeepspeedStrategy):

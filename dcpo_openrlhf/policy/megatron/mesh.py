@@ -42,6 +42,11 @@ class Mesh:
         """One rank of each data-parallel replica speaks for it: first tensor and context rank of the last stage."""
         return self.tensor_rank == 0 and self.context_rank == 0 and parallel_state.is_pipeline_last_stage()
 
+    @property
+    def is_stage_leader(self) -> bool:
+        """One rank of each pipeline stage."""
+        return self.tensor_rank == self.context_rank == self.data_rank == 0
+
 
 def init_mesh(
     parallel: Parallel, *, device: str, rank: int, world_size: int, seed: int, timeout: float = 1800.0

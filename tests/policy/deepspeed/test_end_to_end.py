@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.test_end_to_end import METRICS, Run
+from tests.test_end_to_end import METRICS, Run, trace
 from tests.tiny import make_biased_model
 
 
@@ -14,7 +14,9 @@ from tests.tiny import make_biased_model
 def test_two_steps_with_an_engine(tmp_path: Path) -> None:
     model = make_biased_model(tmp_path / "model")
     backend = ["parallel.backend=deepspeed", "parallel.zero_stage=3", "parallel.tensor=1"]
-    run = Run(tmp_path / "run", model, *backend, "train.micro_batch_tokens=600", "checkpoint.every=1")
+    run = Run(
+        tmp_path / "run", model, *backend, "train.micro_batch_tokens=600", "checkpoint.every=1", "run.profile=[2]"
+    )
     assert run.wait() == 0, run.log.read_text()[-5000:]
     metrics = run.metrics()
     assert [m["step"] for m in metrics] == [1, 2]
@@ -29,4 +31,8 @@ def test_two_steps_with_an_engine(tmp_path: Path) -> None:
     assert not any(torch.equal(before[name], after[name]) for name in before)
     files = {path.name for path in (run.folder / "checkpoints/step_000002/deepspeed").iterdir()}
     assert {"zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"} <= files
+    traces = {path.name: trace(path) for path in (run.folder / "profile").iterdir()}
+    assert traces.keys() == {"step_000002_driver.json", "step_000002_policy_stage0.json"}
+    assert {"update", "aten::mm"} <= traces["step_000002_policy_stage0.json"]
+    assert {"statistics", "update", "sync", "save"} <= run.phases(2, "policy 1")
     assert run.alive() == []
