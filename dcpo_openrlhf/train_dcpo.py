@@ -312,7 +312,7 @@ def _create_engines(recipe: Recipe, shared: Any) -> Any:
         max_model_len=r.context,
         dtype=recipe.engine_dtype,
         device=recipe.run.device,
-        transport=recipe.transport,
+        transport=recipe.sync_backend,
         placement_group=shared,
         enable_sleep=shared is not None and recipe.run.device == "cuda",  # vLLM's CPU build has no such mode
         gpu_memory_utilization=r.gpu_memory_utilization,

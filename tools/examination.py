@@ -104,7 +104,7 @@ class Examination:
         import ray
 
         ranks = ray.get(self.trainer.actor_model_group.async_run_method("sent_checksums"))
-        self.sent = next((sums for sums in ranks if sums), {})
+        self.sent = {name: checksum for sums in ranks for name, checksum in sums.items()}
         if not self.sent:
             raise Skipped("weight_sync.verify = false takes none; see the lines below")
         received = ray.get([engine.weight_checksums.remote() for engine in self.trainer.vllm_engines])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dcpo_openrlhf.policy.megatron.checkpoint import PolicyCheckpoint
     from dcpo_openrlhf.policy.megatron.memory import Offload
     from dcpo_openrlhf.policy.megatron.step import PolicyStep
+    from dcpo_openrlhf.weight_sync.source import LiveWeights
 
 
 class PolicyActor(BaseModelActor):
@@ -84,17 +85,22 @@ class PolicyActor(BaseModelActor):
         """Full Hugging Face tensors, one at a time; a collective of all ranks."""
         raise NotImplementedError
 
+    def _source(self) -> "LiveWeights":
+        """What a weight sync sends."""
+        from dcpo_openrlhf.weight_sync.source import LiveWeights
+
+        return LiveWeights(shapes=self._shapes, tensors=self._tensors)
+
     def connect(self, engines: Sequence[Any], version: int = 0) -> None:
         """Let the weights of this rank's policy reach the engines, which are ready; the next sync is `version` + 1."""
         from dcpo_openrlhf import weight_sync
-        from dcpo_openrlhf.weight_sync.source import LiveWeights
 
         recipe: Recipe = self.strategy.recipe
         self.weight_sync = weight_sync.connect(
-            transport=recipe.transport,
+            transport=recipe.sync_backend,
             rank=self._rank,
             engines=engines,
-            source=LiveWeights(shapes=self._shapes, tensors=self._tensors),
+            source=self._source(),
             deadline_s=recipe.weight_sync.deadline,
             engine_world_size=recipe.rollout.tensor_parallel,
             verify=recipe.weight_sync.verify,
@@ -145,7 +151,7 @@ class PolicyActor(BaseModelActor):
         return self.weight_sync.version
 
     def sent_checksums(self) -> dict[str, int]:
-        """name -> checksum of what the last sync sent; empty off rank 0 and with checks off."""
+        """name -> checksum of what this rank sent in the last sync; empty where it sends none and with checks off."""
         return self.weight_sync.checksums
 
     def scale_weights(self, factor: float) -> None:
@@ -279,6 +285,18 @@ class MegatronActorBase(PolicyActor):
         from dcpo_openrlhf.policy.megatron.model import hf_tensors
 
         return hf_tensors(self.step.policy)
+
+    def _source(self) -> "LiveWeights":
+        recipe: Recipe = self.strategy.recipe
+        if recipe.senders == 1:
+            return super()._source()
+        from dcpo_openrlhf.policy.megatron.senders import sent_shapes, sent_tensors
+        from dcpo_openrlhf.weight_sync.source import SharedWeights
+
+        policy, per_stage = self.step.policy, recipe.senders // recipe.parallel.pipeline
+        return SharedWeights(
+            shapes=lambda: sent_shapes(policy, per_stage), tensors=lambda: sent_tensors(policy, per_stage)
+        )
 
     def scale_weights(self, factor: float) -> None:
         with torch.no_grad():

@@ -11,11 +11,11 @@ from dcpo_openrlhf.recipe.memory import BYTES, GIB, RESERVE, TrainerMemory, engi
 from dcpo_openrlhf.recipe.schema import Recipe
 
 SYNC_BUFFER = 2**28
-"""Bytes of a message on cuda (weight_sync/device.py); over nccl vLLM has two under way."""
+"""Bytes of a message on cuda (weight_sync/device.py), of all senders together; over nccl vLLM has two under way."""
 
 
 class SyncMemory(NamedTuple):
-    """Bytes on rank 0's device during a weight sync; the fields add up to its peak."""
+    """Bytes on a sender's device during a weight sync; the fields add up to its peak."""
 
     policy: float
     """Weights, gradient buffers and optimizer."""
@@ -31,18 +31,42 @@ class SyncMemory(NamedTuple):
 
 
 def sync_memory(s: Sizes, recipe: Recipe) -> SyncMemory:
-    """Of the first stage: rank 0 packs and sends over nccl, over ipc each rank to the engine on its device."""
-    p, need = recipe.parallel, stage_memory(s, recipe, 0)
+    """Of rank 0, which packs and sends over nccl, over ipc each rank to the engine on its device; with several senders
+    of the one that needs the most.
+    """
+    if recipe.senders > 1:
+        stages = range(recipe.parallel.pipeline)
+        return max(
+            (_sync_memory(s, recipe, stage, _sent_buffers(s, recipe)) for stage in stages), key=lambda m: m.total
+        )
+    return _sync_memory(s, recipe, 0, _packed_buffers(s, recipe))
+
+
+def _sync_memory(s: Sizes, recipe: Recipe, stage: int, buffers: float) -> SyncMemory:
+    need, reserve = stage_memory(s, recipe, stage), RESERVE[recipe.run.device]
+    engine = engine_memory(s, recipe).weights + reserve if recipe.parallel.colocate else 0
+    return SyncMemory(need.weights + need.gradients + need.optimizer, engine, buffers, reserve)
+
+
+def _packed_buffers(s: Sizes, recipe: Recipe) -> float:
+    """Of a rank that sends everything, as vLLM packs it."""
     element = BYTES[recipe.model.dtype]
     largest = _largest_tensor(s) * element
     # shards of the largest tensor, or gate and up of the experts of all ranks
-    gathered = max(largest, 2 * s.hidden * s.ffn * element * p.expert * bool(s.experts))
+    gathered = max(largest, 2 * s.hidden * s.ffn * element * recipe.parallel.expert * bool(s.experts))
     # the tensors of a chunk, which may end with the largest one beyond its size, their copy side by side, and over nccl
     # the chunk before, which is under way
-    chunks = 2 * (SYNC_BUFFER + largest) + SYNC_BUFFER * (recipe.transport == "nccl")
-    buffers = chunks + gathered
-    engine = engine_memory(s, recipe).weights + RESERVE[recipe.run.device] if p.colocate else 0
-    return SyncMemory(need.weights + need.gradients + need.optimizer, engine, buffers, RESERVE[recipe.run.device])
+    return 2 * (SYNC_BUFFER + largest) + SYNC_BUFFER * (recipe.transport == "nccl") + gathered
+
+
+def _sent_buffers(s: Sizes, recipe: Recipe) -> float:
+    """Of one of several senders: two of its buckets or the largest tensor, packed; its shards, and these joined."""
+    largest = _largest_tensor(s) * BYTES[recipe.model.dtype]
+    return max(2 * SYNC_BUFFER / recipe.senders, largest) + 2 * largest
+
+
+def _way(recipe: Recipe) -> str:
+    return recipe.transport + (f" from {recipe.senders} ranks at once" if recipe.senders > 1 else "")
 
 
 def _largest_tensor(s: Sizes) -> int:
@@ -101,7 +125,7 @@ def violations(s: Sizes, recipe: Recipe) -> Iterator[str]:
     if need.total > limit * GIB:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in zip(need._fields, need, strict=True))
         yield (
-            f"a weight sync over {recipe.transport} needs about {need.total / GIB:.1f} GiB of a training device "
+            f"a weight sync over {_way(recipe)} needs about {need.total / GIB:.1f} GiB of a training device "
             f"({parts}), parallel.device_memory_gb = {limit:g}; raise parallel.tensor, pipeline or "
             "rollout.tensor_parallel, or the devices"
         )
@@ -114,7 +138,7 @@ def report(s: Sizes, recipe: Recipe) -> list[str]:
         need = sync_memory(s, recipe)
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in zip(need._fields, need, strict=True))
         lines.append(
-            f"GiB of a training device during a weight sync over {recipe.transport} (estimate): {parts}, total "
+            f"GiB of a training device during a weight sync over {_way(recipe)} (estimate): {parts}, total "
             f"{need.total / GIB:.2f} of {recipe.parallel.device_memory_gb:g} GiB"
         )
     if not recipe.train.rollout_only:

@@ -217,9 +217,15 @@ class Rollout(Section):
         return self.max_prompt_tokens + self.max_new_tokens
 
 
+MAX_SENDERS = 8
+"""Of all stages together, unless they are more: each is a process group on every engine worker, with its buffers."""
+
+
 class WeightSync(Section):
     transport: Literal["auto", "nccl", "ipc", "gloo", "shared_memory"] = "auto"
     """auto: nccl on cuda (ipc if colocated), shared_memory on cpu on one node, gloo on cpu on several."""
+    senders: Literal["auto", 1] = "auto"
+    """auto: over gloo and nccl a policy rank of each pipeline stage and share of its experts sends; 1: rank 0 alone."""
     deadline: Annotated[float, Field(gt=0)] = 300.0
     """Seconds for one sync before it is an error."""
     port: Port | None = None
@@ -302,6 +308,20 @@ class Recipe(Section):
         if self.run.device == "cuda":
             return "ipc" if self.parallel.colocate else "nccl"
         return "shared_memory" if self.parallel.nodes == 1 else "gloo"
+
+    @property
+    def senders(self) -> int:
+        """Policy ranks that send weights to the engines side by side, as many in every pipeline stage."""
+        p = self.parallel
+        if self.weight_sync.senders == 1 or self.transport not in ("gloo", "nccl") or p.backend != "megatron":
+            return 1
+        each = max(MAX_SENDERS // p.pipeline, 1)
+        return p.pipeline * max(n for n in range(1, min(each, p.expert) + 1) if p.expert % n == 0)
+
+    @property
+    def sync_backend(self) -> str:
+        """The transport, as trainer and engines name it in `weight_sync.TRANSPORTS`."""
+        return self.transport + ("_senders" if self.senders > 1 else "")
 
     @property
     def engine_dtype(self) -> str:

@@ -1,4 +1,4 @@
-"""What the CPU transports share: the trainer packs its weights into buckets, the worker loads them into the model."""
+"""What our own transports share: the trainer packs its weights into buckets, the worker loads them into the model."""
 
 import contextlib
 import logging
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient
 
 InitInfo = TypeVar("InitInfo", bound=WeightTransferInitInfo)
+UpdateInfo = TypeVar("UpdateInfo", bound=WeightTransferUpdateInfo)
 
 
 @dataclass
@@ -78,10 +79,9 @@ class BucketTrainerInitInfo(VLLMTrainerInitInfo):
     deadline_s: float = field(kw_only=True)
 
 
-class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
-    """Engine side: buckets in, the live model's weights replaced layer by layer. A transport adds `receive_bucket`."""
+class ReloadingWorkerEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Engine side: buckets in, the live model's weights replaced layer by layer; which ones come says a subclass."""
 
-    update_info_cls = BucketUpdateInfo
     supports_draft_weight_update = False
 
     def __init__(
@@ -97,10 +97,6 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         self.uses = count_uses(model)
         self.received_checksums: dict[str, int] = {}
 
-    @abstractmethod
-    def receive_bucket(self, bucket: Bucket, begin: int) -> UInt8[Tensor, "bytes"]:
-        """The bucket's bytes, which begin there on the sender; nothing writes to them before this update returns."""
-
     def start_weight_update(self) -> None:
         self.received_checksums = {}
         initialize_layerwise_reload(self.model)
@@ -113,13 +109,8 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
-        bucket = update_info.bucket
-        buffer = self.receive_bucket(bucket, update_info.begin)
-        if update_info.checksums is not None:
-            received = checksums(bucket, buffer)
-            verify(bucket, sent=update_info.checksums, received=received)
-            self.received_checksums.update(zip(bucket.names, received, strict=True))
+    def load(self, bucket: Bucket, buffer: UInt8[Tensor, "bytes"]) -> None:
+        """Give the model the bucket's tensors; afterwards nothing of ours reads `buffer`."""
         with disable_mtp_completeness_check(), lookups_loaded_in_place():
             self.model.load_weights(unpack(bucket, buffer))  # type: ignore[operator]
         own_pending(self.model, buffer)
@@ -135,6 +126,25 @@ class BucketWorkerEngine(WeightTransferEngine[InitInfo, BucketUpdateInfo]):
         finally:
             logger.setLevel(level)
         repack_shared_weights(self.model)
+
+
+class BucketWorkerEngine(ReloadingWorkerEngine[InitInfo, BucketUpdateInfo]):
+    """One bucket an update, all from one sender. A transport adds `receive_bucket`."""
+
+    update_info_cls = BucketUpdateInfo
+
+    @abstractmethod
+    def receive_bucket(self, bucket: Bucket, begin: int) -> UInt8[Tensor, "bytes"]:
+        """The bucket's bytes, which begin there on the sender; nothing writes to them before this update returns."""
+
+    def receive_weights(self, update_info: BucketUpdateInfo) -> None:
+        bucket = update_info.bucket
+        buffer = self.receive_bucket(bucket, update_info.begin)
+        if update_info.checksums is not None:
+            received = checksums(bucket, buffer)
+            verify(bucket, sent=update_info.checksums, received=received)
+            self.received_checksums.update(zip(bucket.names, received, strict=True))
+        self.load(bucket, buffer)
 
 
 def own_pending(model: torch.nn.Module, buffer: UInt8[Tensor, "bytes"]) -> None:
@@ -308,10 +318,14 @@ class BucketTrainerEngine(TrainerWeightTransferEngine[BucketTrainerInitInfo]):
         for bucket in buckets:
             self._send(bucket, pairs)
         self._settle()
+        self.require_end(pairs)
+        self.client.finish_weight_update()
+
+    @staticmethod
+    def require_end(pairs: Iterator[tuple[str, Tensor]]) -> None:
         extra = next(pairs, None)
         if extra is not None:
             raise ValueError(f"the weight source yields {extra[0]} after the last tensor its metadata declares")
-        self.client.finish_weight_update()
 
     def _send(self, bucket: Bucket, pairs: Iterator[tuple[str, Tensor]]) -> None:
         begin = self._place(bucket)

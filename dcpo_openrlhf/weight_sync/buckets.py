@@ -1,4 +1,4 @@
-"""Named tensors packed into byte buckets, with a checksum for each tensor. Both CPU transports move these buckets."""
+"""Named tensors packed into byte buckets, with a checksum for each tensor. What our own transports move."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,8 +52,8 @@ class Bucket:
         """(begin, aligned end, payload bytes) of each tensor in the buffer."""
         begin = 0
         for dtype, shape in zip(self.dtypes, self.shapes, strict=True):
-            size = _nbytes(getattr(torch, dtype), shape)
-            end = begin + _aligned(size)
+            size = nbytes_of(getattr(torch, dtype), shape)
+            end = begin + aligned(size)
             yield begin, end, size
             begin = end
 
@@ -63,7 +63,7 @@ def plan_buckets(params: Iterable[TensorMeta], bucket_bytes: int) -> list[Bucket
     groups: list[list[TensorMeta]] = []
     room = 0
     for param in params:
-        size = _aligned(_nbytes(param.dtype, param.shape))
+        size = aligned(nbytes_of(param.dtype, param.shape))
         if not groups or size > room:
             groups.append([])
             room = bucket_bytes
@@ -86,7 +86,7 @@ def plan_buckets(params: Iterable[TensorMeta], bucket_bytes: int) -> list[Bucket
 def room_for(buckets: Sequence[Bucket], bucket_bytes: int) -> int:
     """Bytes of a buffer that holds two buckets, one being loaded and one being packed; a larger tensor has it alone."""
     sizes = [bucket.nbytes for bucket in buckets]
-    return max(*sizes, min(sum(sizes), 2 * _aligned(bucket_bytes)))
+    return max(*sizes, min(sum(sizes), 2 * aligned(bucket_bytes)))
 
 
 def place(nbytes: int, *, room: int, busy: range) -> int | None:
@@ -131,7 +131,8 @@ def unpack(bucket: Bucket, buffer: UInt8[Tensor, "bytes"]) -> list[tuple[str, Te
 
 def checksums(bucket: Bucket, buffer: UInt8[Tensor, "bytes"]) -> list[int]:
     """Sum of each tensor's 8-byte words modulo 2^64: one read of memory, which finds lost, stale and torn bytes."""
-    return [int(buffer[begin:end].view(torch.int64).sum()) for begin, end, _ in bucket.slots()]
+    sums = [buffer[begin:end].view(torch.int64).sum() for begin, end, _ in bucket.slots()]
+    return torch.stack(sums).tolist()  # waits for a device once
 
 
 def verify(bucket: Bucket, *, sent: Sequence[int], received: Sequence[int]) -> None:
@@ -144,9 +145,11 @@ def verify(bucket: Bucket, *, sent: Sequence[int], received: Sequence[int]) -> N
             )
 
 
-def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+def nbytes_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of one tensor."""
     return dtype.itemsize * torch.Size(shape).numel()
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """`size`, filled up to the next multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT

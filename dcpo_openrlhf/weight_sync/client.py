@@ -103,14 +103,20 @@ class RayWeightSyncClient:
                 raise WeightSyncError(
                     f"{self} took more than {self.deadline_s:g} s while {self.stage}: {late} did not answer"
                 )
-            try:
-                answers[done[0]] = ray.get(done[0])
-            except Exception as error:
-                cause = getattr(error, "cause", None) or error  # Ray's own error repeats the remote traceback
-                raise WeightSyncError(
-                    f"{self} failed while {self.stage}: engine {calls.index(done[0])}: {cause}"
-                ) from error
+            answers[done[0]] = self._answer(calls, done[0])
         return [answers[call] for call in calls]
+
+    def look(self, calls: Sequence["ObjectRef"]) -> None:
+        """Raise WeightSyncError where one of the calls has failed by now."""
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=0.01)[0]:
+            self._answer(calls, call)
+
+    def _answer(self, calls: Sequence["ObjectRef"], call: "ObjectRef") -> Any:
+        try:
+            return ray.get(call)
+        except Exception as error:
+            cause = getattr(error, "cause", None) or error  # Ray's own error repeats the remote traceback
+            raise WeightSyncError(f"{self} failed while {self.stage}: engine {calls.index(call)}: {cause}") from error
 
     def __str__(self) -> str:
         return "the weight-sync handshake" if self._version is None else f"the weight sync to version {self._version}"

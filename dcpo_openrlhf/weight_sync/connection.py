@@ -12,7 +12,7 @@ import torch
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-from dcpo_openrlhf.weight_sync import TRANSPORTS, register
+from dcpo_openrlhf.weight_sync import SENDERS, TRANSPORTS, register
 from dcpo_openrlhf.weight_sync.buckets import MIB
 from dcpo_openrlhf.weight_sync.client import RayWeightSyncClient, WeightSyncError
 from dcpo_openrlhf.weight_sync.source import WholeWalk
@@ -27,7 +27,7 @@ _threads: list[threading.Thread] = []
 
 
 class WeightSync:
-    """A trainer rank's end of the sync. Call `send_weights` on all ranks: rank 0 sends, the others help to gather."""
+    """A trainer rank's end of the sync. Call `send_weights` on all ranks: senders send, the others help to gather."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class WeightSync:
 
     @property
     def checksums(self) -> dict[str, int]:
-        """name -> checksum of what the last sync sent; empty off rank 0 and with checks off."""
+        """name -> checksum of what this rank sent in the last sync; empty where it sends none and with checks off."""
         if self.client.sent_checksums is not None:
             return self.client.sent_checksums()
         return dict(getattr(self.engine, "sent_checksums", {}))
@@ -107,9 +107,10 @@ def connect(
     """The sync between this trainer rank and all `engines`; every rank calls it, with the same arguments but `rank`.
 
     engine_world_size: workers of one engine (its tensor-parallel size). bucket_bytes: size of one message of
-    shared_memory and gloo. verify: an engine that holds other bits than were sent is an error. host, port: where the
-    engines reach trainer rank 0 over gloo or nccl (default: the address Ray uses and a free port). nccl and ipc are
-    vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or takes too long.
+    shared_memory and gloo, with several senders of one of each. verify: an engine that holds other bits than were sent
+    is an error. host, port: where the engines reach trainer rank 0 over gloo or nccl (default: the address Ray uses and
+    a free port). nccl and ipc are vLLM's own backends and need CUDA. Raises WeightSyncError if the handshake fails or
+    takes too long.
     instead_of is shut down first, which lets go of engines that still wait for it.
     """
     if instead_of is not None:
@@ -171,8 +172,14 @@ def _init_info(
         from dcpo_openrlhf.weight_sync.gloo import GlooTrainerInitInfo
 
         return GlooTrainerInitInfo(host=host, port=port or 0, world_size=world_size, **common)
-    from dcpo_openrlhf.weight_sync import device
+    from dcpo_openrlhf.weight_sync import device, senders
 
+    if transport.endswith(SENDERS):
+        place = {"host": host, "port": port or 0, "world_size": world_size}
+        if transport == f"gloo{SENDERS}":
+            return senders.GlooSendersTrainerInitInfo(**place, **common)
+        common |= {"bucket_bytes": device.BUFFER_BYTES, "device": torch.device("cuda", torch.cuda.current_device())}
+        return senders.NCCLSendersTrainerInitInfo(**place, **common)
     if transport == "nccl":
         return device.nccl_init_info(host, port or _free_port(), rank=rank, world_size=world_size)
     return device.ipc_init_info(source, rank=rank)

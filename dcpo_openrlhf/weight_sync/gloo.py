@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo
 
 from dcpo_openrlhf.weight_sync.base import BucketTrainerEngine, BucketTrainerInitInfo, BucketWorkerEngine
 from dcpo_openrlhf.weight_sync.buckets import Bucket
+from dcpo_openrlhf.weight_sync.channels import SENDER, gloo_broadcast, gloo_group
+
+GROUP = "dcpo_weights"
+"""Its name in the store."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class GlooWorkerEngine(BucketWorkerEngine[GlooInitInfo]):
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         timeout = timedelta(seconds=init_info.timeout_s)
         self._store = TCPStore(init_info.host, init_info.port, timeout=timeout)
-        self._group = _group(self._store, rank=rank, world_size=init_info.world_size, timeout=timeout)
+        self._group = gloo_group(self._store, GROUP, rank=rank, world_size=init_info.world_size, timeout=timeout)
 
     def receive_bucket(self, bucket: Bucket, begin: int) -> UInt8[Tensor, "bytes"]:
         if self._group is None:
@@ -57,7 +61,7 @@ class GlooWorkerEngine(BucketWorkerEngine[GlooInitInfo]):
             self._buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
         buffer = self._buffer[: bucket.nbytes]
         # Bounded by the group's timeout, which is the sync's deadline.
-        _broadcast(self._group, buffer).wait()
+        gloo_broadcast(self._group, buffer).wait()
         return buffer
 
     def shutdown(self) -> None:
@@ -84,7 +88,7 @@ class GlooTrainerEngine(BucketTrainerEngine):
                 "timeout_s": info.deadline_s,
             }
         )
-        self._group = _group(self._store, rank=0, world_size=info.world_size, timeout=timeout)
+        self._group = gloo_group(self._store, GROUP, rank=SENDER, world_size=info.world_size, timeout=timeout)
         self.client.wait(joined)
 
     def send_bucket(self, update_info: dict[str, Any], buffer: UInt8[Tensor, "bytes"]) -> Callable[[], object]:
@@ -92,7 +96,7 @@ class GlooTrainerEngine(BucketTrainerEngine):
             raise RuntimeError("the gloo group is closed; connect again")
         # The broadcast runs in gloo's own threads, so an engine that fails is seen at once and not at the timeout.
         received = self.client.post_update(update_info)
-        sent = _broadcast(self._group, buffer)
+        sent = gloo_broadcast(self._group, buffer)
 
         def wait() -> None:
             self.client.wait(received)
@@ -103,13 +107,3 @@ class GlooTrainerEngine(BucketTrainerEngine):
     def shutdown(self) -> None:
         self._group = self._store = None
         vars(self).pop("room", None)  # the sender alone has one
-
-
-def _group(store: TCPStore, *, rank: int, world_size: int, timeout: timedelta) -> ProcessGroupGloo:
-    return ProcessGroupGloo(PrefixStore("dcpo_weights", store), rank, world_size, timeout)
-
-
-def _broadcast(group: ProcessGroupGloo, buffer: Tensor) -> torch.distributed.Work:
-    options = BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    return group.broadcast([buffer], options)  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
 """The live weights as vLLM's weight transfer wants them: names and shapes, then full tensors one by one."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
@@ -10,13 +11,13 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 class LiveWeights(WeightSource):
     """Hugging Face tensors of the live policy; iteration is a collective of the policy's ranks.
 
-    shapes: names, dtypes and full shapes in the order of `tensors`, without communication.
+    shapes: names, dtypes (torch.dtype) and full shapes in the order of `tensors`, without communication.
     """
 
     def __init__(
         self,
         *,
-        shapes: Callable[[], Iterator[tuple[str, torch.dtype, tuple[int, ...]]]],
+        shapes: Callable[[], Iterator[tuple[Any, ...]]],
         tensors: Callable[[], Iterator[tuple[str, Tensor]]],
     ) -> None:
         self._shapes, self._tensors = shapes, tensors
@@ -27,6 +28,24 @@ class LiveWeights(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._tensors()
+
+
+@dataclass(frozen=True)
+class SentTensor(ParamMeta):
+    """A tensor's name, dtype and full shape, the trainer rank that sends it and the pipeline stage that holds it."""
+
+    sender: int
+    stage: int
+
+
+class SharedWeights(LiveWeights):
+    """Live weights that several ranks send. Iteration yields on each sender its own, in the order of `metadata`.
+
+    shapes: those of all senders, each with sender and stage.
+    """
+
+    def metadata(self) -> list[ParamMeta]:
+        return [SentTensor(*meta) for meta in self._shapes()]  # type: ignore[call-arg]
 
 
 class WholeWalk(WeightSource):

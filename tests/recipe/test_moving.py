@@ -9,7 +9,7 @@ from vllm.distributed.weight_transfer import packed_tensor
 from dcpo_openrlhf.recipe import moving
 from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.load import load_recipe
-from dcpo_openrlhf.recipe.memory import GIB, RESERVE
+from dcpo_openrlhf.recipe.memory import GIB, RESERVE, stage_memory
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.weight_sync import device
 
@@ -48,12 +48,25 @@ def test_colocated_engine_stands_beside_the_policy_in_a_sync() -> None:
     assert "a weight sync over ipc needs about" in line and "engine 16.2" in line and "device_memory_gb = 60" in line
 
 
+MIXTURE = ROOT / "recipes" / "cluster" / "dcpo-qwen3-235b-a22b-20x8xa800.yaml"
+
+
+def mixture_sizes() -> Sizes:
+    return Sizes.of(json.loads((ROOT / "tests/model_configs/Qwen3-235B-A22B.json").read_text()))
+
+
+def test_one_of_several_senders_packs_less_and_gathers_no_experts() -> None:
+    mixture, sizes = load_recipe(MIXTURE), mixture_sizes()
+    assert mixture.senders == 8
+    need = moving.sync_memory(sizes, mixture)
+    assert need.buffers == 3 * 2 * 151936 * 4096, "the embedding packed, its shards, and these joined"
+    stages = [stage_memory(sizes, mixture, stage) for stage in range(2)]
+    assert "a weight sync over nccl from 8 ranks at once (estimate)" in "\n".join(moving.report(sizes, mixture))
+    assert need.policy == max(m.weights + m.gradients + m.optimizer for m in stages)
+
+
 def test_experts_of_all_ranks_are_gathered_together() -> None:
-    path = ROOT / "recipes" / "cluster" / "dcpo-qwen3-235b-a22b-20x8xa800.yaml"
-    mixture, sizes = (
-        load_recipe(path),
-        Sizes.of(json.loads((ROOT / "tests/model_configs/Qwen3-235B-A22B.json").read_text())),
-    )
+    mixture, sizes = load_recipe(MIXTURE, ["weight_sync.senders=1"]), mixture_sizes()
     largest, experts = 2 * 151936 * 4096, 2 * 2 * 4096 * 1536 * mixture.parallel.expert
     assert moving.sync_memory(sizes, mixture).buffers == 3 * 2**28 + 2 * largest + max(largest, experts)
 

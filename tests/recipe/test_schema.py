@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from dcpo_openrlhf.recipe.load import load_recipe, resolved_yaml
 from dcpo_openrlhf.recipe.rules import rules
 from dcpo_openrlhf.recipe.schema import DataFile, Fields, Recipe, RecipeError
+from dcpo_openrlhf.weight_sync import TRANSPORTS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"path": "models/tiny"}, "task": {"kind": "arithmetic"}}
@@ -471,6 +472,39 @@ def test_recipe_is_frozen(tmp_path: Path) -> None:
 def test_auto_follows_device_nodes_and_model(overrides: list[str], transport: str, dtype: str, tmp_path: Path) -> None:
     recipe = load(tmp_path, *overrides)
     assert (recipe.transport, recipe.engine_dtype) == (transport, dtype)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "senders", "backend"),
+    [
+        ([], 1, "nccl"),
+        (["parallel.pipeline=2"], 2, "nccl_senders"),
+        (["parallel.pipeline=2", "weight_sync.senders=1"], 1, "nccl"),
+        (["parallel.pipeline=2", "parallel.colocate=true"], 1, "ipc"),
+        (["parallel.pipeline=2", "run.device=cpu"], 1, "shared_memory"),
+        (["parallel.pipeline=2", "run.device=cpu", "weight_sync.transport=gloo"], 2, "gloo_senders"),
+        (["parallel.expert=4"], 4, "nccl_senders"),
+        (["parallel.nodes=2", "parallel.expert=16"], 8, "nccl_senders"),
+        (
+            [
+                "parallel.expert=12",
+                "parallel.devices_per_node=12",
+                "train.prompts_per_update=126",
+                "train.prompts_per_step=126",
+            ],
+            6,
+            "nccl_senders",
+        ),
+        (["parallel.nodes=16", "parallel.pipeline=2", "parallel.expert=64"], 8, "nccl_senders"),
+        (["parallel.nodes=2", "parallel.pipeline=16", "parallel.expert=1"], 16, "nccl_senders"),
+    ],
+)
+def test_auto_has_a_sender_for_each_stage_and_share_of_experts(
+    overrides: list[str], senders: int, backend: str, tmp_path: Path
+) -> None:
+    recipe = load(tmp_path, *overrides)
+    assert (recipe.senders, recipe.sync_backend) == (senders, backend)
+    assert backend in TRANSPORTS
 
 
 def test_sizes_that_follow_from_others(tmp_path: Path) -> None:

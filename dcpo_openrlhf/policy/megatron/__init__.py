@@ -1,6 +1,6 @@
 """Everything that knows megatron-core's ranks: mesh, model, layers, weight names, updates, checkpoints, offloading.
 
-Door: mesh, model, step, checkpoint, memory; cpu before any of them on a CPU machine.
+Door: mesh, model, senders, step, checkpoint, memory; cpu before any of them on a CPU machine.
 """
 
 import importlib.util

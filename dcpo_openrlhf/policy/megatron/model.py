@@ -56,6 +56,8 @@ class Policy:
     mesh: Mesh
     held: list[Held]
     """Every weight of every stage, first layer first; experts stand once, for all expert ranks."""
+    first_ranks: dict[tuple[int, int], int]
+    """(pipeline stage, expert rank) -> the first of all ranks that stands there."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +68,7 @@ class Policy:
         """Each weight of this rank with its entry in the table of names."""
         for chunk in self.chunks:
             first_layer = get_transformer_layer_offset(self.config, chunk.vp_stage)
-            for name, weight in _weights(chunk):
+            for name, weight in named_weights(chunk):
                 yield self.entry(name, first_layer, self.mesh.expert_rank), weight
 
     def entry(self, name: str, first_layer: int, expert_rank: int) -> names.Entry:
@@ -74,7 +76,7 @@ class Policy:
         return names.entry_of(name, first_layer=first_layer, first_expert=expert_rank * experts)
 
 
-def _weights(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
+def named_weights(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and the buffers that belong to the model."""
     yield from chunk.named_parameters()
     yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(names.BUFFERS))
@@ -95,7 +97,8 @@ def build_policy(*, model: Model, parallel: Parallel, train: Train, mesh: Mesh) 
     chunks = [
         _build_chunk(hf, sizes, config, shape, model.layers, mesh, stage) for stage in range(parallel.virtual_pipeline)
     ]
-    policy = Policy(chunks, config, sizes, shape, hf.tie_word_embeddings, mesh, _all_held(chunks, config))
+    held, first_ranks = _all_held(chunks, config), _first_ranks(mesh)
+    policy = Policy(chunks, config, sizes, shape, hf.tie_word_embeddings, mesh, held, first_ranks)
     load_weights(policy, HFWeights(model.path))
     return policy
 
@@ -132,12 +135,19 @@ def _all_held(chunks: list[GPTModel], config: TransformerConfig) -> list[Held]:
     own = [
         Held(dist.get_rank(group), i, name, get_transformer_layer_offset(config, chunk.vp_stage), shape, weight.dtype)
         for i, chunk in enumerate(chunks)
-        for name, weight in _weights(chunk)
+        for name, weight in named_weights(chunk)
         for shape in [tuple(weight.shape)]
     ]
     stages: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(stages, own, group=group)
     return sorted((held for stage in stages for held in stage), key=lambda held: (held.chunk, held.stage))
+
+
+def _first_ranks(mesh: Mesh) -> dict[tuple[int, int], int]:
+    """`Policy.first_ranks`; a collective of all ranks."""
+    places: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(places, (mesh.pipeline_rank, mesh.expert_rank))
+    return {place: places.index(place) for place in places}
 
 
 @torch.no_grad()
@@ -201,8 +211,8 @@ def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     stages: Any = parallel_state.get_pipeline_model_parallel_group()
     experts: Any = parallel_state.get_expert_model_parallel_group()
     stage = dist.get_rank(stages)
-    own = [dict(_weights(chunk)) for chunk in policy.chunks]
-    for held, entries in _exported(policy):
+    own = [dict(named_weights(chunk)) for chunk in policy.chunks]
+    for held, entries in exported(policy):
         if held.stage == stage:
             local = own[held.chunk][held.name].detach().contiguous()
         else:
@@ -211,11 +221,11 @@ def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             dist.broadcast(local, dist.get_global_rank(stages, held.stage), group=stages)
         expert, cut = entries[0].expert, entries[0].cut
         group: Any = parallel_state.get_expert_tensor_parallel_group() if expert else tensor_group()
-        shards = [local] if cut is names.REPLICATED else _all_gather(local, group)
+        shards = [local] if cut is names.REPLICATED else all_gather(local, group)
         merged = cut.merge(shards, policy.shape)
         for names_of_rank, tensors in zip(
             (entry.hf_names for entry in entries),
-            zip(*(_all_gather(t, experts) for t in merged), strict=True) if expert else [merged],
+            zip(*(all_gather(t, experts) for t in merged), strict=True) if expert else [merged],
             strict=True,
         ):
             yield from zip(names_of_rank, tensors, strict=True)
@@ -224,7 +234,7 @@ def hf_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 def hf_shapes(policy: Policy) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and full shapes of `hf_tensors` in its order, without any communication."""
     mesh = policy.mesh
-    for held, entries in _exported(policy):
+    for held, entries in exported(policy):
         size = mesh.expert_tensor_size if entries[0].expert else mesh.tensor_size
         merged = entries[0].cut.merge([torch.empty(held.shape, device="meta")] * size, policy.shape)
         for entry in entries:
@@ -232,7 +242,7 @@ def hf_shapes(policy: Policy) -> Iterator[tuple[str, torch.dtype, tuple[int, ...
                 yield name, held.dtype, tuple(tensor.shape)
 
 
-def _exported(policy: Policy) -> Iterator[tuple[Held, list[names.Entry]]]:
+def exported(policy: Policy) -> Iterator[tuple[Held, list[names.Entry]]]:
     """Every parameter that is in the Hugging Face folder; for an expert the entries of all expert ranks."""
     for held in policy.held:
         entries = [policy.entry(held.name, held.first_layer, rank) for rank in range(policy.mesh.expert_size)]
@@ -241,7 +251,8 @@ def _exported(policy: Policy) -> Iterator[tuple[Held, list[names.Entry]]]:
         yield held, entries if entries[0].expert else entries[:1]
 
 
-def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The group's tensors, which are alike, in the order of its ranks."""
     size = dist.get_world_size(group)
     if size == 1:
         return [tensor]
