@@ -15,16 +15,17 @@ from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.profiling import ProfiledSteps
 from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.schema import Recipe
+from dcpo_openrlhf.rollout.ahead import Ahead
 from dcpo_openrlhf.rollout.chat import stop_tokens
 from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
 from dcpo_openrlhf.rollout.replay import Recorder, Replay
 
 
-def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Responses from the engines, recorded if the recipe says so, or from the recording of an earlier run."""
+def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreTrainedTokenizerBase) -> Ahead:
+    """Responses from the engines, or from the recording of an earlier run."""
     recipe = strategy.recipe
     if recipe.rollout.replay is not None:
-        return Replay(recipe.rollout.replay)
+        return Ahead(Replay(recipe.rollout.replay))
     generator = DCPOSamplesGenerator(
         strategy,
         None,
@@ -35,6 +36,11 @@ def make_generator(strategy: RecipeStrategy, engines: list[Any], tokenizer: PreT
         timeout_s=recipe.rollout.timeout,
         stop_token_ids=stop_tokens(tokenizer, chat=recipe.task.chat, stop=recipe.rollout.stop),
     )
+    return Ahead(generator)
+
+
+def recorded(generator: Ahead, recipe: Recipe) -> Any:
+    """The generator, which also writes what it hands over if the recipe says so."""
     return Recorder(generator, recipe.run.dir / "samples") if recipe.rollout.record else generator
 
 

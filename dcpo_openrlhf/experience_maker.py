@@ -56,6 +56,11 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
         self.temperatures = [self.recipe.method.temperature_low, self.recipe.method.temperature_high]
         """Every T that the switching rule may choose: both come out of the one forward, before the entropy is known."""
 
+    @property
+    def draws_again(self) -> bool:
+        """Does a step ask for rows of pi_old^T too, which takes engines that have pi_old's weights?"""
+        return self.method.samples == "policy+tempered"
+
     def split_rollout_samples(self, rollout_samples: list[Experience]) -> list[DCPOExperience]:
         """One padded experience for each update, groups whole and in prompt order; then groups that are left out."""
         t = self.recipe.train
@@ -157,7 +162,7 @@ class DCPOExperienceMaker(RemoteExperienceMaker):
                 )
             else:
                 self._set_advantages(e, tempered_logp, seed=self._seed() * 2**10 + i)
-        if self.method.samples == "policy+tempered":
+        if self.draws_again:
             self._add_tempered_rows([e for e in experiences if not e.aside])
         return experiences
 

@@ -83,6 +83,12 @@ def held() -> Iterator[None]:
         raise Interrupted(number)
 
 
+def leave(keep: float) -> None:
+    """Leave a `held` block for the signal that waits for its end, once `keep` seconds of the bound or less are left."""
+    if _State.pending is not None and seconds_left() <= keep:
+        raise Interrupted(_State.pending)
+
+
 def seconds_left() -> float:
     """What is left of the bound after a signal."""
     return _State.ends - time.monotonic()

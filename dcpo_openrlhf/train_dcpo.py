@@ -77,7 +77,12 @@ def run(recipe: Recipe) -> None:
     bound = c.signal_timeout if c.every and c.on_signal else 0.0
     with started(recipe, signal_bound=bound) as trainer:
         try:
-            trainer.generate_only() if recipe.train.rollout_only else trainer.fit()
+            if recipe.train.rollout_only:
+                from dcpo_openrlhf.rollout_only import generate_only
+
+                generate_only(trainer)
+            else:
+                trainer.fit()
         except KeyboardInterrupt:
             if bound:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())

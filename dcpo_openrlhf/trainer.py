@@ -12,7 +12,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dcpo_openrlhf import signals
-from dcpo_openrlhf.assemble import make_controller, make_cost, make_generator, make_log, make_monitor, make_watchers
+from dcpo_openrlhf.assemble import (
+    make_controller,
+    make_cost,
+    make_generator,
+    make_log,
+    make_monitor,
+    make_watchers,
+    recorded,
+)
 from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
 from dcpo_openrlhf.colocation import Colocation
 from dcpo_openrlhf.experience import DCPOExperience, put
@@ -21,14 +29,16 @@ from dcpo_openrlhf.grading import failures, grade_samples, keep_samples, mean_lo
 from dcpo_openrlhf.group_filter import Group, draw_step
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.monitor.sinks import final_table, progress_line
-from dcpo_openrlhf.monitor.statistics import batch_metrics, correction_metrics
+from dcpo_openrlhf.monitor.statistics import age_metrics, batch_metrics, correction_metrics
 from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.phases import Stopwatch, phase
 from dcpo_openrlhf.recipe.resume import REPORT, starting_model, what_is_kept
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade, GraderPool
 from dcpo_openrlhf.rollout import tasks
+from dcpo_openrlhf.rollout.ahead import FILE as AHEAD
 from dcpo_openrlhf.rollout.checks import require_possible_samples
+from dcpo_openrlhf.rollout.generator import arguments
 from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)
@@ -60,7 +70,8 @@ class DCPOTrainer(BasePPOTrainer):
         )
         self.devices = Colocation(actor_group, engines, shared=recipe.parallel.colocate)
         self.experience_maker.resample = self.tempered_rollout
-        self.generator = make_generator(strategy, engines, tokenizer)
+        self.ahead = make_generator(strategy, engines, tokenizer)
+        self.generator = recorded(self.ahead, recipe)
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
         self.timeline, self.profile = make_watchers(recipe, actor_group, engines)
         self.weights_version, self.starting_model = 0, starting_model(recipe)
@@ -69,7 +80,7 @@ class DCPOTrainer(BasePPOTrainer):
             recipe.run.dir / "checkpoints",
             keep_last=c.keep_last,
             keep_best=c.keep_best,
-            write=lambda folder: ray.get(actor_group.async_run_method("save_checkpoint", str(folder))),
+            write=self.write_checkpoint,
             finish=lambda: ray.get(actor_group.async_run_method("finish_checkpoint")),
         )
         self.point = point
@@ -139,6 +150,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.weights_version = state["weights_version"] - 1
         ray.get(self.actor_model_group.async_run_method("load_checkpoint", folder, self.weights_version))
         self.sync_weights()
+        self.ahead.load(self.point.path / AHEAD, step=self.point.step + 1)
         self.prompts.load_state_dict(state["prompts"])
         self.controller.load_state_dict(state["controller"])
         self.monitor.load_state_dict(state["monitor"])
@@ -179,6 +191,12 @@ class DCPOTrainer(BasePPOTrainer):
         if not self.recipe.checkpoint.asynchronous:
             self.finish_checkpoint()
 
+    def write_checkpoint(self, folder: Path) -> None:
+        """The policy, and the next step's responses where they were begun."""
+        assert self.settled is not None
+        self.ahead.save(folder / AHEAD, step=self.settled[0]["step"] + 1)
+        ray.get(self.actor_model_group.async_run_method("save_checkpoint", str(folder)))
+
     @phase("save")
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint in flight, if any, is whole."""
@@ -198,29 +216,6 @@ class DCPOTrainer(BasePPOTrainer):
         """Minutes of this run, those before its checkpoint included."""
         return (time.monotonic() - self.begin) / 60
 
-    def generate_only(self) -> None:
-        """`train.rollout_only`: the responses of every step, graded, of the model as it is."""
-        for step in range(1, self.recipe.train.steps + 1):
-            clock = Stopwatch()
-            samples = self.rollout(step)
-            clock.lap("rollout")
-            metrics = {
-                "train/step": step,
-                "rollout/reward_mean": float(torch.cat([s.rewards for s in samples]).mean()),
-                "rollout/success_rate": float(torch.cat([s.scores for s in samples]).mean()),
-                "rollout/length_mean": float(torch.cat([s.response_length for s in samples]).float().mean()),
-                "rollout/truncated_fraction": float(torch.cat([s.truncated for s in samples]).float().mean()),
-                **mean_logs(self.grades),
-                **self.filtered,
-                **clock.seconds(),
-            }
-            self.log.write(step, metrics)
-            self.timeline.write(step)
-            means = metrics["rollout/reward_mean"], metrics["rollout/success_rate"]
-            logger.info("step %d/%d  reward %.2f  success %.2f", step, self.recipe.train.steps, *means)
-        self.log.close()
-        self.timeline.close()
-
     def rollout(self, step: int) -> list[Any]:
         """G responses of the current policy to each of the step's prompts, graded; then those that it leaves."""
         r, t, maker = self.recipe.rollout, self.recipe.train, self.experience_maker
@@ -231,6 +226,8 @@ class DCPOTrainer(BasePPOTrainer):
             return Group.split(prompts, *found)
 
         drawn = draw_step(draw, prompts=t.prompts_per_step, group_filter=t.filter, rounds=t.filter_rounds)
+        if t.filter != "none" and not maker.draws_again:  # the last round is over
+            self.ahead.begin_step(step + 1, self.prompts, self.recipe)
         if drawn.shortage:
             self.log.line({"step": step, "cause": "filter", "text": drawn.shortage})
             logger.warning("step %d: %s", step, drawn.shortage)
@@ -250,25 +247,32 @@ class DCPOTrainer(BasePPOTrainer):
     def _rollout(
         self, prompts: Sequence[tasks.Prompt], *, step: int, request: int, temperature: float, first: int = 0
     ) -> tuple[list[Any], list[str], list[Grade]]:
-        """Responses of the current weights, their texts and their grades; every value is checked."""
-        size, refill = self.recipe.train.group_size, {"first": first} if first else {}  # unnamed in older records
-        samples = self._generate(
-            prompts, step=request, n_samples=size, temperature=temperature, top_p=self.recipe.rollout.top_p, **refill
-        )
+        """Responses of the engines' weights, or drawn ahead, their texts and their grades; every value is checked."""
+        r, t, again = self.recipe.rollout, self.recipe.train, self.experience_maker.draws_again
+        refill = {"first": first} if first else {}  # unnamed in older records
+        sampling = {"n_samples": t.group_size, "temperature": temperature, "top_p": r.top_p, **refill}
+        samples = self._generate(prompts, step=request, **sampling)
+        if request != step if again else t.filter == "none":  # engines have no more to do for this step
+            self.ahead.begin_step(step + 1, self.prompts, self.recipe)
         texts, grades = self._grade(samples, prompts, step)
         for sample, grade in zip(samples, grades, strict=True):
             sample.rewards = sample.info["reward"] = torch.tensor([grade.reward])
             sample.scores = sample.info["success"] = torch.tensor([grade.success])
-        version = self.weights_version if self.recipe.monitor.on_policy_only else None
-        require_possible_samples(samples, step=step, prompts=prompts, group_size=size, weights_version=version)
+        oldest = self.weights_version - (r.ahead if request == step else 0)
+        versions = range(oldest, self.weights_version + 1) if self.recipe.monitor.on_policy_only else None
+        require_possible_samples(samples, step=step, prompts=prompts, group_size=t.group_size, versions=versions)
         return samples, texts, grades
 
     @phase("sync")
     def sync_weights(self) -> None:
-        """Send the policy to every engine and check that each reports the new version; a replay has none."""
+        """Send the policy to every engine and check that each reports the new version; a replay has none.
+
+        Engines that draw responses ahead are waited for, by a signal no longer than half of its bound.
+        """
         self.weights_version += 1
         if not self.vllm_engines:
             return
+        self.ahead.wait(lambda: signals.leave(keep=self.recipe.checkpoint.signal_timeout / 2))
         with self.devices.engines_awake(["weights"], policy_away=False):
             self.vllm_engines.sync(self.actor_model_group, self.weights_version)
 
@@ -288,8 +292,10 @@ class DCPOTrainer(BasePPOTrainer):
                 "train/step": step,
                 **found,
                 **self.filtered,
-                **correction_metrics(experiences),
-                **self.cost.metrics(experiences, status),
+                **self.ahead.times,
+                **age_metrics(experiences, policy_version=self.weights_version - 1),
+                **correction_metrics(experiences, policy_version=self.weights_version - 1),
+                **self.cost.metrics(experiences, status | self.ahead.times),
                 "entropy/target": decision.target_entropy,
                 "dcpo/temperature": decision.temperature,
                 "dcpo/alpha": alpha,
@@ -374,15 +380,8 @@ class DCPOTrainer(BasePPOTrainer):
             logger.info("load it: transformers.AutoModelForCausalLM.from_pretrained(%r)", str(exported))
 
     def _generate(self, prompts: Sequence[tasks.Prompt], **sampling: Any) -> list[Any]:
-        r = self.recipe.rollout
         with self.devices.engines_awake(policy_away=True):
-            return self.generator.generate(
-                [p.text for p in prompts],
-                [p.problem.answer for p in prompts],
-                max_new_tokens=r.max_new_tokens,
-                max_len=r.context,
-                **sampling,
-            )
+            return self.generator.generate(**arguments(prompts, self.recipe.rollout, **sampling))
 
     @phase("grade")
     def _grade(self, samples: list[Any], prompts: Sequence[tasks.Prompt], step: int) -> tuple[list[str], list[Grade]]:

@@ -21,6 +21,6 @@ def test_responses_end_at_eos_at_the_end_of_turn_and_where_the_recipe_says(tmp_p
         ({"rollout": {"stop": [TURN_START]}}, [pad, end, start]),
         ({"task": {"kind": "arithmetic", "chat": False}}, [pad]),
     ):
-        generator = make_generator(RecipeStrategy(Recipe.model_validate(values | changes)), [], tokenizer)
+        generator = make_generator(RecipeStrategy(Recipe.model_validate(values | changes)), [], tokenizer).generator
         params = generator._sampling_params(seed=1, max_tokens=2, temperature=1.0, top_p=1.0, top_k=-1)
         assert params.stop_token_ids == stops

@@ -146,3 +146,22 @@ def test_add_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in code_blocks("add_a_model.md"):
         exec(compile(block, "add_a_model.md", "exec"), {"Family": families.Family, "FAMILIES": table})
     assert {name: table[name] for name in rows} == rows
+
+
+def test_the_loop_of_the_readme_is_the_trainers_without_its_clock() -> None:
+    """Line by line, but for comments and what frees memory, evaluates or takes notes in between."""
+    root = DOCS.parent
+    (block,) = re.findall(r"```python\n(for step in .*?)```", (root / "README.md").read_text(), flags=re.S)
+    source = (root / "dcpo_openrlhf/trainer.py").read_text()
+    body = source[source.index("        for step in range(done + 1") : source.index("        self.end(int(")]
+
+    def lines(text: str) -> list[str]:
+        bare = [re.sub(r"\s+#.*", "", line).rstrip() for line in text.splitlines()]
+        return [line for line in bare if line.strip()]
+
+    own = [line.removeprefix("        ") for line in lines(body)]
+    own = [re.sub(r"(experiences): list\[Any\]", r"\1", line).replace(" | clock.seconds()", "") for line in own]
+    left_out = ("clock", "self.in_hand", "del ", "if recipe.evaluation", "self.settle(step, heldout")
+    left_out += ("with phase", "self.profile", "self.timeline")
+    own = [line.strip() for line in own if not line.strip().startswith(left_out)]
+    assert [line.strip() for line in lines(block)] == own

@@ -61,3 +61,24 @@ def test_with_two_engines_the_other_one_takes_the_prompts(recipe: Path) -> None:
         assert outcome.status == 0 and outcome.left == [], outcome.log[-3000:]
     assert "noticed" in outcomes[1].seconds
     assert faults.difference(outcomes[1].rows, outcomes[0].rows) < 1e-3, "other batches round differently"
+
+
+AHEAD = ["rollout.ahead=1", "correction.level=token", "correction.mode=clip"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engines", [1, 2])
+def test_what_is_lost_of_the_responses_drawn_ahead(engines: int, recipe: Path) -> None:
+    """A second engine draws them by the same weights; without one, the next weights do."""
+    folder = recipe.parent / f"ahead-{engines}"
+    folder.mkdir()
+    settings = [*AHEAD, f"rollout.engines={engines}", "rollout.heartbeat=300"]
+    whole, hurt = (faults.run(name, folder, str(recipe), settings) for name in ("none", "kill-before"))
+    for outcome in (whole, hurt):
+        assert outcome.status == 0 and outcome.left == [], outcome.log[-3000:]
+        assert [row["weights/version"] for row in outcome.rows] == list(range(2, STEPS + 2))
+    assert "noticed" in hurt.seconds
+    ages = [[row["rollout/age_mean"] for row in outcome.rows] for outcome in (whole, hurt)]
+    assert ages == [[0, 1, 1], [0, 1 if engines == 2 else 0, 1]]
+    if engines == 2:
+        assert faults.difference(hurt.rows, whole.rows) < 1e-3, "other batches round differently"

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "dcpo_openrlhf"
 
 LEVELS = (
     ("train_dcpo",),
+    ("rollout_only",),
     ("trainer",),
     ("assemble", "prompts"),
     ("monitor",),

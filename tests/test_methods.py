@@ -1,9 +1,10 @@
 """Every row of METHODS trains for real: one engine, one policy, two steps of each method one after the other."""
 
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,32 @@ from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import GraderPool
 from dcpo_openrlhf.rollout import chat, tasks
+from dcpo_openrlhf.rollout.replay import TEMPERED_STEP
 from dcpo_openrlhf.trainer import DCPOTrainer
 from tests.tiny import make_biased_model
 
 GROUP, PROMPTS = 4, 4
 
 
-def make_recipe(folder: Path, model: Path, name: str) -> Recipe:
+def make_recipe(folder: Path, model: Path, name: str, *, steps: int = 2, ahead: int = 0) -> Recipe:
     return Recipe.model_validate(
         {
-            "run": {"dir": folder / name, "device": "cpu", "logical_devices": 2},
+            "run": {"dir": folder / (f"{name}-ahead" if ahead else name), "device": "cpu", "logical_devices": 2},
             "model": {"path": model, "dtype": "fp32"},
             "task": {"kind": "arithmetic", "template": "plain"},
             "reward": {"extractor": "last_integer", "workers": 1},
             "method": {"name": name, "target_entropy": 9.0, "alpha_max": 1.0},
             "optimizer": {"learning_rate": 1e-4, "eps": 1e-3},
-            "train": {"steps": 2, "prompts_per_step": PROMPTS, "prompts_per_update": 2, "group_size": GROUP},
+            "correction": {"level": "token", "mode": "clip"} if ahead else {},
+            "train": {"steps": steps, "prompts_per_step": PROMPTS, "prompts_per_update": 2, "group_size": GROUP},
             "parallel": {"devices_per_node": 1},
-            "rollout": {"engines": 1, "max_prompt_tokens": 200, "max_new_tokens": 16, "cpu_kv_cache_gb": 0.1},
+            "rollout": {
+                "engines": 1,
+                "max_prompt_tokens": 200,
+                "max_new_tokens": 16,
+                "cpu_kv_cache_gb": 0.1,
+                "ahead": ahead,
+            },
             "evaluation": {"problems": 0},
             "checkpoint": {"export_hf": False},
             "monitor": {"tensorboard": False},
@@ -141,3 +150,59 @@ def test_a_filtered_method_trains_and_its_record_replays(stack: dict[str, Any], 
         assert replayed.filtered == {name: value for name, value in metrics[step - 1].items() if "filter/" in name}
         rate = float(torch.cat([s.scores for s in samples]).double().mean())
         assert rate == metrics[step - 1]["rollout/success_rate"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dcpo", "none"), ("j2", "none"), ("aepo", "none"), ("grpo", "uniform")])
+def test_method_trains_on_responses_drawn_while_the_step_before_trained(
+    stack: dict[str, Any], name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights are one version old. What a step draws further, at T or for train.filter, is drawn by pi_old's,
+    before the next step's are begun."""
+    made = make_recipe(stack["folder"], stack["model"], name, steps=3, ahead=1).model_dump()
+    made["train"] |= {"filter": kind, "filter_rounds": 3}
+    recipe = Recipe.model_validate(made)
+    trainer = make_trainer(stack, recipe)
+    told: list[Any] = []
+
+    def tell(owner: Any, method: str, what: Callable[..., Any]) -> None:
+        original = getattr(owner, method)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            told.append((method, what(*args, **kwargs)))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, wrapped)
+
+    tell(trainer.generator, "generate", lambda **kwargs: kwargs["step"] % TEMPERED_STEP)
+    tell(trainer.ahead, "begin", lambda **kwargs: kwargs["step"])
+    tell(trainer, "ppo_train", lambda step: step)
+    tell(stack["engines"], "sync", lambda _, version: version - stack["version"])
+    trainer.fit()
+    stack["version"] = trainer.weights_version
+
+    expected: list[Any] = [("sync", 1)]
+    for step in (1, 2, 3):
+        expected += [("generate", step)] + [("begin", step + 1)] * (step < 3)
+        expected += [("ppo_train", step), ("sync", step + 1)]
+    assert [each for each, _ in itertools.groupby(told)] == expected, "each kind of call once or several times"
+    assert len(told) == len(expected) + (0 if name == "dcpo" else 3) or kind != "none"
+
+    metrics = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert [m["rollout/age_max"] for m in metrics] == [0, 1, 1]
+    if kind == "none":
+        assert [m["rollout/age_mean"] for m in metrics] == [0, 1, 1]
+    else:
+        assert any(m["filter/rounds"] > 1 for m in metrics[1:]), "more groups were drawn, by the weights of the step"
+        for m in metrics[1:]:
+            assert m["rollout/age_mean"] == pytest.approx(PROMPTS / m["filter/drawn"])
+    assert [("correction/ess_age_1" in m, "time/generation" in m, "time/wait" in m) for m in metrics] == [
+        (False, False, True),
+        (True, True, True),
+        (True, True, False),
+    ]
+    if name == "dcpo":
+        differences = [m["mismatch/prob_diff_max"] for m in metrics]
+        assert differences[0] < 1e-4 < min(differences[1:]), "fp32: one policy at first, then one update apart"
+        assert all(m["correction/ess_age_1"] == m["correction/ess"] < 1 for m in metrics[1:])
+    if name == "j2":
+        assert all("correction/ess_age_0" in m for m in metrics[1:]), "of the rows that are drawn at T"

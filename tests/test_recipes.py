@@ -150,7 +150,8 @@ def test_methods_differ_in_the_method_alone(model: str, devices: str) -> None:
 
 def test_folders_hold_what_the_page_says() -> None:
     grid = itertools.product(METHODS_OF_THE_PAPER, MODELS_OF_THE_PAPER, ("8xa800", "8xa800-40gb"))
-    demo = {"dcpo-smollm2-135m-cpu", "grpo-smollm2-135m-cpu", "dcpo-smollm2-135m-1gpu"}
+    cpu = {"dcpo-smollm2-135m-cpu", "dcpo-smollm2-135m-cpu-ahead", "grpo-smollm2-135m-cpu"}
+    demo = {*cpu, "dcpo-smollm2-135m-1gpu"}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {"-".join(parts) for parts in grid} | demo
     sweep = [differences(path, MAIN) for path in sorted((FOLDER / "sweep").glob("*.yaml"))]
     assert sweep == [{"method.target_entropy": target} for target in (0.5, 0.75, 1.0)]

@@ -26,6 +26,7 @@ from tests.tiny import make_tiny_model
 ROOT = Path(__file__).parent.parent
 STEPS, GROUP, PROMPTS, NEW_TOKENS = 6, 4, 4, 12
 DEVICES = 3
+ENTRY = ("-m", "dcpo_openrlhf.train_dcpo")
 
 
 class Runs:
@@ -80,8 +81,8 @@ class Runs:
                 **({"first": drawn} if drawn else {}),
             )
 
-    def start(self, name: str, *overrides: str) -> "Run":
-        return Run(self, self.folder / name, *overrides)
+    def start(self, name: str, *overrides: str, program: tuple[str, ...] = ENTRY) -> "Run":
+        return Run(self, self.folder / name, *overrides, program=program)
 
 
 def favour_seven(path: Path) -> None:
@@ -137,9 +138,9 @@ class Invented:
 
 
 class Run:
-    def __init__(self, runs: Runs, folder: Path, *overrides: str) -> None:
+    def __init__(self, runs: Runs, folder: Path, *overrides: str, program: tuple[str, ...] = ENTRY) -> None:
         self.folder, self.log = folder, folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:4]}.log")
-        command = [sys.executable, "-m", "dcpo_openrlhf.train_dcpo", "--recipe", str(runs.recipe), f"run.dir={folder}"]
+        command = [sys.executable, *program, "--recipe", str(runs.recipe), f"run.dir={folder}"]
         self.process = subprocess.Popen(
             [*command, f"rollout.replay={runs.folder}/recorded", *overrides],
             cwd=ROOT,
@@ -356,3 +357,69 @@ def test_with_an_engine_too(runs: Runs) -> None:
     for name, column in theirs["samples"].items():
         if "tensor" in column and name != "info":
             assert torch.equal(ours["samples"][name]["tensor"], column["tensor"]), name
+
+
+AHEAD = ("rollout.replay=null", "rollout.ahead=1", "correction.level=token", "correction.mode=clip")
+STOPPED = """
+import os, signal, sys
+from dcpo_openrlhf import train_dcpo
+from dcpo_openrlhf.rollout.ahead import Ahead
+
+begin, wait = Ahead.begin, Ahead.wait
+
+def begin_without_an_engine(self, *arguments, step, **named):
+    if step == 4:
+        os.kill(self.generator.vllm_engines._known[0]["pid"], signal.SIGSTOP)
+    begin(self, *arguments, step=step, **named)
+
+def wait_aloud(self, look):
+    if self.following is not None and self.following.step == 4:
+        print("waiting for the responses of step 4", flush=True)
+    wait(self, look)
+
+Ahead.begin, Ahead.wait = begin_without_an_engine, wait_aloud
+sys.exit(train_dcpo.main())
+"""
+"""A run whose engine stops before it draws the responses of step 4, which step 3's sync then waits for."""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_with_an_engine_that_draws_ahead_too(runs: Runs) -> None:
+    """A checkpoint holds the responses that its next step trains on: the weights that drew them are gone."""
+    whole = runs.start("ahead", *AHEAD, "rollout.record=true", "checkpoint.keep_last=9").end()
+    assert [m["rollout/age_mean"] for m in whole.metrics()] == [0.0] + [1.0] * (STEPS - 1)
+    assert len({m["rollout/reward_mean"] for m in whole.metrics()}) > 1
+    held = [(c.path / "ahead.pt").is_file() for c in checkpoint.checkpoints(whole.folder / "checkpoints")]
+    assert held == [True, True, False], "nothing follows the last step"
+
+    replayed = runs.start("ahead-replayed", *AHEAD[1:], f"rollout.replay={whole.folder}").end()
+    assert replayed.metrics() == whole.metrics() and replayed.policy_sums(STEPS) == whole.policy_sums(STEPS)
+
+    runs.start("ahead-killed", *AHEAD).signal_at(f"step 3/{STEPS}", signal.SIGKILL).end(status=-signal.SIGKILL)
+    wait_until_idle()
+    signalled = runs.start("ahead-killed", *AHEAD, "checkpoint.resume=auto", "checkpoint.every=100")
+    signalled.signal_at(f"step 4/{STEPS}", signal.SIGTERM).end(status=128 + signal.SIGTERM, seconds=ENDS_S)
+    wait_until_idle()
+    assert "under way" not in signalled.log.read_text()
+    resumed = runs.start("ahead-killed", *AHEAD, "checkpoint.resume=auto").end()
+    assert "resuming after step 4" in resumed.log.read_text() or "resuming after step 5" in resumed.log.read_text()
+    assert resumed.metrics() == whole.metrics()
+    assert resumed.policy_sums(STEPS) == whole.policy_sums(STEPS) and resumed.state(STEPS) == whole.state(STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_a_signal_does_not_wait_for_responses_longer_than_half_of_its_bound(runs: Runs, tmp_path: Path) -> None:
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    run = runs.start("ahead-stopped", *AHEAD, "checkpoint.signal_timeout=60", program=(str(script),))
+    run.signal_at("waiting for the responses of step 4", signal.SIGTERM)
+    run.end(status=128 + signal.SIGTERM, seconds=ENDS_S)
+    wait_until_idle()
+    assert "responses of step 4 were under way and are not saved" in run.log.read_text()
+    newest = checkpoint.newest_whole(runs.folder / "ahead-stopped/checkpoints")
+    assert newest is not None and newest.step == 3 and not (newest.path / "ahead.pt").exists()
+    resumed = runs.start("ahead-stopped", *AHEAD, "checkpoint.resume=auto").end()
+    assert [m["rollout/age_mean"] for m in resumed.metrics()] == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    assert [m["weights/version"] for m in resumed.metrics()] == list(range(2, STEPS + 2))

@@ -43,6 +43,18 @@ def test_a_held_block_is_left_when_the_bound_is_over() -> None:
         pytest.fail("the block went on")
 
 
+def test_a_held_block_may_leave_early_for_a_signal_that_waits() -> None:
+    with signals.raising(HANG_S):
+        with signals.held():
+            signals.leave(keep=2 * HANG_S)  # there is none
+        with pytest.raises(Interrupted) as caught, signals.held():
+            send()
+            signals.leave(keep=1.0)  # time enough
+            signals.leave(keep=2 * HANG_S)
+            pytest.fail("the block went on")
+        assert caught.value.args == (signal.SIGTERM,) and signals.seconds_left() > 0
+
+
 def test_without_a_bound_nothing_is_held() -> None:
     with signals.raising(), pytest.raises(Interrupted), signals.held():
         send()

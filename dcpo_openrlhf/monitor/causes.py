@@ -104,8 +104,21 @@ CAUSES: dict[str, Cause] = {
     "mismatch": Cause(
         meaning="trainer and engine give the same tokens different probabilities",
         holds=_mismatch,
-        evidence=("mismatch/prob_diff_mean", "mismatch/prob_diff_max", "mismatch/kl", "entropy/gap"),
-        keys=("rollout.dtype", "model.dtype", "weight_sync.verify", "rollout.top_p", "monitor.mismatch_bound"),
+        evidence=(
+            "mismatch/prob_diff_mean",
+            "mismatch/prob_diff_max",
+            "mismatch/kl",
+            "entropy/gap",
+            "rollout/age_mean",
+        ),
+        keys=(
+            "rollout.dtype",
+            "model.dtype",
+            "weight_sync.verify",
+            "rollout.top_p",
+            "rollout.ahead",
+            "monitor.mismatch_bound",
+        ),
     ),
     "reward_hacking": Cause(
         meaning="the reward rises while fewer responses are right, or those that are lose their form",

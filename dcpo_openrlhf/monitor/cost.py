@@ -29,12 +29,11 @@ class Cost:
         totals = torch.cat([e.attention_mask.sum(1) for e in experiences]).double()
         rows = torch.cat([torch.full((len(e.attention_mask),), not e.aside) for e in experiences])
         trained = seconds["time/token_stats"] + seconds["time/train"]
+        generated = seconds["time/rollout"] + seconds.get("time/generation", 0.0)
         found = {
-            "cost/generation_tokens_per_second": float(responses.sum())
-            / max(seconds["time/rollout"], 1e-9)
-            / self.engine_devices,
+            "cost/generation_tokens_per_second": float(responses.sum()) / max(generated, 1e-9) / self.engine_devices,
             "cost/training_tokens_per_second": float(totals[rows].sum()) / max(trained, 1e-9) / self.training_devices,
-            "cost/engine_idle": 1 - seconds["time/rollout"] / max(seconds["time/step"], 1e-9),
+            "cost/engine_idle": max(1 - generated / max(seconds["time/step"], 1e-9), 0.0),
             "cost/trainer_idle": 1 - trained / max(seconds["time/step"], 1e-9),
         }
         if self.sizes is not None and self.peak_flops:

@@ -14,6 +14,8 @@ METRICS: dict[str, str] = {
     "rollout/length_mean": "tokens of a response, mean",
     "rollout/length_max": "tokens of the longest response",
     "rollout/truncated_fraction": "share of the responses cut off at rollout.max_new_tokens",
+    "rollout/age_mean": "weight versions from those that drew a response to pi_old, mean: 0 where it is pi_old's own",
+    "rollout/age_max": "the same, largest; at most rollout.ahead",
     "rollout/repetition": "share of the 4-grams among a response's last 512 tokens that stand there earlier; mean",
     "rollout/no_answer_fraction": "share of the responses without an answer in the asked form",
     "rollout/form": "share of the correct responses that end by themselves and repeat at most half of their 4-grams; "
@@ -30,7 +32,7 @@ METRICS: dict[str, str] = {
     "advantage of 0; group/all_wrong and group/all_correct say why they were dropped, events.jsonl in words",
     "entropy/exact": "H [nats/token]: over the whole vocabulary, of pi_old at T = 1, mean over tokens",
     "entropy/sampled": "-log pi_old of the sampled tokens [nats/token], mean over tokens",
-    "entropy/gap": "exact - sampled [nats/token]; near 0 where the engine samples from pi_old",
+    "entropy/gap": "exact - sampled [nats/token]; near 0 where the engine samples from pi_old (rollout.ahead = 0)",
     "entropy/target": "H_0 of the step [nats/token]",
     "entropy/trend": "slope of the line through entropy/exact of the last monitor.window steps [nats/token/step]",
     "entropy/steps_to_leave": f"steps until that line leaves the target band; 0 outside it, at most {FAR}",
@@ -56,10 +58,15 @@ METRICS: dict[str, str] = {
     "dcpo/target_ratio_ess": "(sum rho)^2 / (n sum rho^2): effective share of the tokens, in (0, 1]",
     "mismatch/prob_diff_mean": "|p_trainer - p_engine| of the sampled tokens, mean",
     "mismatch/prob_diff_max": "|p_trainer - p_engine| of the sampled tokens, largest",
-    "mismatch/kl": "KL(engine || trainer) from the engine's samples [nats/token]; may be negative",
+    "mismatch/kl": "KL(engine || trainer) from the engine's samples [nats/token]; may be negative. With rollout.ahead "
+    "these three also hold what the updates in between changed",
     "correction/outside": "share of the tokens that were masked or clipped; these three only with correction.level",
     "correction/weight_mean": "weight of the tokens, mean; 1 in expectation where nothing is outside",
     "correction/ess": "(sum w)^2 / (n sum w^2): effective share of the tokens, in (0, 1]",
+    "correction/outside_age_N": "the same, of the responses that are N weight versions old; these three only with "
+    "rollout.ahead",
+    "correction/weight_mean_age_N": "the same",
+    "correction/ess_age_N": "the same",
     "policy/kl_reference": "KL to the starting model by kl.estimator [nats/token]; only with kl.coefficient",
     "policy/loss": "loss that was minimised, mean over the step's updates (as all policy/*)",
     "policy/clip_fraction_high": "share of the tokens above 1 + loss.clip_high where that binds",
@@ -78,18 +85,23 @@ METRICS: dict[str, str] = {
     "monitor/reward_change": "rise of the line through rollout/reward_mean over the window",
     "monitor/success_change": "rise of the line through rollout/success_rate over the window",
     "monitor/form_change": "rise of the line through rollout/form over the window",
-    "cost/generation_tokens_per_second": "response tokens / time/rollout / engine devices",
+    "cost/generation_tokens_per_second": "response tokens / time/rollout (with rollout.ahead also time/generation) / "
+    "engine devices",
     "cost/training_tokens_per_second": "tokens of the rows trained on, each with its prompt / (time/token_stats + "
     "time/train) / training devices",
     "cost/mfu": "FLOPs of the model for statistics and updates, a shared prompt once, / their seconds / the training "
     "devices' peak (on cpu as measured at the start, in the model's format); only with a device whose peak is known",
     "cost/engine_idle": "share of the step in which the engines do not generate",
     "cost/trainer_idle": "share of the step without token statistics or updates",
-    "time/rollout": "seconds: responses and their grades",
+    "time/rollout": "seconds: responses and their grades; with rollout.ahead the responses are there",
+    "time/generation": "seconds of the engines for the step's responses, while the step before trained; no part of "
+    "time/step; only with rollout.ahead",
     "time/checkpoint": "seconds: waiting for the checkpoint of the step before",
     "time/token_stats": "seconds: forward of pi_old, advantages",
     "time/train": "seconds: updates",
     "time/weight_sync": "seconds: new weights to every engine",
+    "time/wait": "seconds of time/weight_sync until the engines had drawn the next step's responses; only with "
+    "rollout.ahead",
     "time/step": "seconds: all of the above",
     "time/monitor": "seconds: these statistics, not part of time/step",
     **{f"monitor/alert_{name}": f"steps so far with the alert: {cause.meaning}" for name, cause in CAUSES.items()},

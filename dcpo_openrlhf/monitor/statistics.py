@@ -9,7 +9,7 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
@@ -219,13 +219,36 @@ def _entropy_profile(
 # --- over steps ------------------------------------------------------------------------------------------------------
 
 
-def correction_metrics(experiences: Sequence[DCPOExperience]) -> dict[str, float]:
-    """correction/* of one step's tokens, those drawn from pi_old^T included; nothing where none are corrected."""
+def ages(e: DCPOExperience, policy_version: int) -> Int[Tensor, " batch"]:
+    """Weight versions from those that drew each response to pi_old: 0 where it is drawn from pi_old itself."""
+    return policy_version - e.info["weight_version"].long()
+
+
+def age_metrics(experiences: Sequence[DCPOExperience], *, policy_version: int) -> dict[str, float]:
+    """rollout/age_* of one step's responses."""
+    found = torch.cat([ages(e, policy_version) for e in experiences])
+    return {"rollout/age_mean": float(found.double().mean()), "rollout/age_max": float(found.max())}
+
+
+def correction_metrics(experiences: Sequence[DCPOExperience], *, policy_version: int) -> dict[str, float]:
+    """correction/* of one step's tokens, those drawn from pi_old^T included; nothing where none are corrected.
+
+    By age too, where any response has one above 0.
+    """
     trained = [e for own in experiences for e in (own, own.tempered) if e is not None and e.correction is not None]
     if not trained:
         return {}
     weight = torch.cat([e.correction[e.mask].double() for e in trained])
     outside = torch.cat([e.outside[e.mask] for e in trained])
+    age = torch.cat([ages(e, policy_version)[:, None].expand_as(e.mask)[e.mask] for e in trained])
+    found = _weights(weight, outside)
+    for n in age.unique().tolist() if age.any() else []:
+        by_age = _weights(weight[age == n], outside[age == n])
+        found |= {f"{name}_age_{n}": value for name, value in by_age.items()}
+    return found
+
+
+def _weights(weight: Float[Tensor, " tokens"], outside: Bool[Tensor, " tokens"]) -> dict[str, float]:
     return {
         "correction/outside": float(outside.double().mean()),
         "correction/weight_mean": float(weight.mean()),

@@ -49,7 +49,7 @@ class PolicyActor(BaseModelActor):
         self.strategy.rank = self._rank
         if recipe.run.device == "cpu":
             # Ray sets OMP_NUM_THREADS to the actor's CPU share; ranks share the machine's cores
-            torch.set_num_threads(max((os.cpu_count() or 1) // recipe.parallel.devices_per_node, 1))
+            torch.set_num_threads(recipe.parallel.threads(os.cpu_count() or 1))
         torch.manual_seed(recipe.run.seed)
         step, policy = self._build(recipe)
         self.step = step(

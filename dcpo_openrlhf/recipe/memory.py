@@ -342,5 +342,6 @@ def report(s: Sizes, recipe: Recipe) -> str:
             f"seconds a step (ESTIMATE from estimate.*, not measured: {e.response_tokens} tokens a response, "
             f"{e.engine_tokens_per_second:g} tokens/s an engine device, {e.device_tflops:g} TFLOPS, MFU {e.mfu:g}): "
             + ", ".join(f"{name} {value:.0f}" for name, value in zip(seconds._fields, seconds, strict=True))
+            + ("; the rollout beside the other two (rollout.ahead)" if r.ahead else "")
         )
     return "\n".join(lines)

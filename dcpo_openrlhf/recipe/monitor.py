@@ -12,7 +12,8 @@ Action = Literal["warn", "stop", "nothing"]
 
 class Monitor(Section):
     on_policy_only: bool = True
-    """Refuse rollouts that were made with other weights than the trainer's."""
+    """Refuse rollouts that were made with other weights than the trainer's, or those up to rollout.ahead versions
+    before."""
     window: Annotated[int, Field(ge=3)] = 10
     """Steps that trends and changes are taken over."""
     patience: Positive = 3

@@ -81,6 +81,7 @@ def hints(recipe: Recipe) -> list[str]:
             f"rollout.top_p = {recipe.rollout.top_p:g}: tokens outside it are never drawn, those inside too often: "
             "the policy ratio, rho and the sampled entropy are biased; set 1, or correction.level=token"
         )
+    said += _ahead(recipe)
     if recipe.parallel.nodes > 1:
         folders = [recipe.run.dir, recipe.model.path, *(file.path for file in recipe.task.files("train"))]
         local = [f"{folder} ({kind})" for folder in folders if (kind := _file_system(folder)) in LOCAL_FILE_SYSTEMS]
@@ -90,6 +91,22 @@ def hints(recipe: Recipe) -> list[str]:
                 f"{', '.join(local)} looks like this machine's own disk; use a shared file system"
             )
     return said
+
+
+def _ahead(recipe: Recipe) -> Iterator[str]:
+    """What responses drawn while the step before trains ask for."""
+    ahead, off = recipe.rollout.ahead, recipe.correction.level == "off"
+    if ahead and off:
+        yield (
+            f"rollout.ahead = {ahead}: responses are drawn by weights up to {ahead} version older than pi_old, and "
+            "without a correction the policy ratio, rho and the group advantage take them for pi_old's own; set "
+            "correction.level=token correction.mode=clip, which weighs each token by pi_old / mu"
+        )
+    if ahead and recipe.run.device == "cpu" and None in (recipe.rollout.cpu_threads, recipe.parallel.cpu_threads):
+        yield (
+            f"rollout.ahead = {ahead} on cpu: engines and policy compute at the same time, and each takes all cores "
+            "unless told otherwise; share them out with rollout.cpu_threads and parallel.cpu_threads"
+        )
 
 
 def _slow_rollouts(recipe: Recipe) -> Iterator[str]:

@@ -203,6 +203,16 @@ def _mesh_rules(r: "Recipe") -> list[tuple[bool, str]]:
             not p.colocate or (r.generates and not r.train.rollout_only),
             "parallel.colocate needs both training and engines; unset it, rollout.replay or train.rollout_only",
         ),
+        (
+            not (r.rollout.ahead and p.colocate),
+            f"rollout.ahead = {r.rollout.ahead} draws responses while the policy trains, and with parallel.colocate "
+            "the engines are asleep then: they share its devices; set ahead=0, or colocate=false and give them devices",
+        ),
+        (
+            not (r.rollout.ahead and r.train.rollout_only),
+            f"rollout.ahead = {r.rollout.ahead} draws responses while the policy trains, and with train.rollout_only "
+            "none does; set ahead=0",
+        ),
     ]
 
 

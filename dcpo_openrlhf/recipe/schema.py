@@ -160,6 +160,9 @@ class Parallel(Section):
     """Split activations along the sequence over the tensor ranks between the matrix multiplies."""
     colocate: bool = False
     """Engines share the training devices: either side is asleep, in host memory, while the other one works."""
+    cpu_threads: Positive | None = None
+    """Threads of one policy rank on cpu; None: all cores divided by the ranks of a node. With rollout.ahead engines
+    compute at the same time: leave them cores (rollout.cpu_threads)."""
     device_memory_gb: Annotated[float, Field(gt=0)] = 80.0
     """Memory of one training or engine device [GiB], which the estimate must fit into; without effect on cpu."""
 
@@ -167,6 +170,10 @@ class Parallel(Section):
     def expert_tensor(self) -> int:
         """Parts that an expert is cut into: as the dense layers, or one where the experts themselves are shared out."""
         return self.tensor if self.expert == 1 else 1
+
+    def threads(self, cores: int) -> int:
+        """Of one policy rank on cpu."""
+        return self.cpu_threads or max(cores // self.devices_per_node, 1)
 
     @property
     def world_size(self) -> int:
@@ -207,6 +214,10 @@ class Rollout(Section):
     """Seconds until an engine at work that does not answer is killed; more than a forward or a weight bucket takes."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """Engines that are started again, in all, before the run saves and ends with the error; none where colocated."""
+    ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """Weight versions by which responses may be older than the weights that train on them. 0: none, as in the paper. 1:
+    engines draw the next step's while this one trains (parallel.colocate=false). No more: with a sync between two
+    batches a further one would wait in a queue, and save no time but where steps take unequally long."""
     record: bool = False
     """Write every response with its tokens and log-probs to samples/step_NNNNNN.pt, for rollout.replay."""
     replay: Expanded | None = None

@@ -22,11 +22,12 @@ class ImpossibleValue(ValueError):
 
 
 def require_possible_samples(
-    samples: Sequence[Any], *, step: int, prompts: Sequence[Prompt], group_size: int, weights_version: int | None
+    samples: Sequence[Any], *, step: int, prompts: Sequence[Prompt], group_size: int, versions: range | None
 ) -> None:
     """Raise ImpossibleValue unless `samples` are whole groups of graded, current, consistent responses.
 
-    samples: Experiences [1, time] in prompt order. weights_version: the policy's; None accepts any (off-policy).
+    samples: Experiences [1, time] in prompt order. versions: of weights that may have drawn them, the policy's last;
+    None accepts any (off-policy).
     """
     if len(samples) != len(prompts) * group_size:
         raise ImpossibleValue(
@@ -40,10 +41,10 @@ def require_possible_samples(
                 f"{where}: field prompts is that of another group ({sample.prompts[0][:60]!r}); "
                 "the responses are out of order: see the generator"
             )
-        _one_sample(sample, where, weights_version)
+        _one_sample(sample, where, versions)
 
 
-def _one_sample(sample: Any, where: str, weights_version: int | None) -> None:
+def _one_sample(sample: Any, where: str, versions: range | None) -> None:
     reward, mask = float(sample.rewards[0]), sample.action_mask[0].bool()
     if not math.isfinite(reward):
         raise ImpossibleValue(f"{where}: field rewards = {reward} must be finite; check the grader")
@@ -57,9 +58,11 @@ def _one_sample(sample: Any, where: str, weights_version: int | None) -> None:
         )
     _require_log_probs("rollout_log_probs", sample.rollout_log_probs[0], mask, where)
     version = int(sample.info["weight_version"])
-    if weights_version is not None and version != weights_version:
+    if versions is not None and version not in versions:
+        late = len(versions) - 1  # rollout.ahead, 0 for what is drawn from pi_old itself
         raise ImpossibleValue(
-            f"{where}: field weight_version = {version} is stale, the policy is at {weights_version}: not on-policy. "
+            f"{where}: field weight_version = {version} is {'stale' if version < versions[-1] else 'impossible'}, the "
+            f"policy is at {versions[-1]}: not {f'within rollout.ahead = {late} of it' if late else 'on-policy'}. "
             "Look for a failed sync, or set monitor.on_policy_only=false"
         )
 

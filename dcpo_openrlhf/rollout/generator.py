@@ -2,15 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm import SamplingParams
 
 from dcpo_openrlhf.openrlhf_seam import make_importable
+from dcpo_openrlhf.recipe.schema import Rollout
 from dcpo_openrlhf.rollout.engine import Response, require_room
-from dcpo_openrlhf.rollout.healing import EnginePool
+from dcpo_openrlhf.rollout.healing import Batch, EnginePool
+from dcpo_openrlhf.rollout.tasks import Prompt
 
 make_importable()
 
@@ -19,6 +21,16 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator, _coll
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+
+class Begun(NamedTuple):
+    """Responses that engines were asked for."""
+
+    pool: EnginePool
+    batch: Batch
+    prompts: list[str]
+    labels: list[str]
+    max_len: int
 
 
 class DCPOSamplesGenerator(SamplesGenerator):
@@ -42,7 +54,11 @@ class DCPOSamplesGenerator(SamplesGenerator):
         self.timeout_s = timeout_s
         self.stop_token_ids = [tokenizer.eos_token_id] if stop_token_ids is None else list(stop_token_ids)
 
-    def generate(
+    def generate(self, prompts: Sequence[str], labels: Sequence[str], **how: Any) -> list[Experience]:
+        """What `finish` gives of what `begin` asks for."""
+        return self.finish(self.begin(prompts, labels, **how))
+
+    def begin(
         self,
         prompts: Sequence[str],
         labels: Sequence[str],
@@ -55,12 +71,11 @@ class DCPOSamplesGenerator(SamplesGenerator):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = -1,
-    ) -> list[Experience]:
-        """One Experience [1, T] a response: prompts in the order given, the `n_samples` of a prompt consecutive.
+    ) -> "Begun":
+        """Ask the engines for `n_samples` responses to each prompt; `finish` waits for them.
 
         max_len bounds prompt + response. The same (seed, step, prompt index) asks for the same samples; the prompts'
-        indices count from `first`, how many the step has asked for before. Raises
-        ValueError for a prompt without room, RuntimeError naming the engine that failed or did not answer in time.
+        indices count from `first`, how many the step has asked for before. Raises ValueError for a prompt without room.
         """
         if temperature == 0 and n_samples > 1:
             raise ValueError(f"temperature 0 gives {n_samples} equal samples; ask for 1 or raise the temperature")
@@ -88,10 +103,18 @@ class DCPOSamplesGenerator(SamplesGenerator):
                 }
             )
         pool = EnginePool.of(self.vllm_engines)
-        groups = pool.generate(requests, doing=f"generating for step {step}", timeout_s=self.timeout_s)
+        batch = pool.begin(requests, doing=f"generating for step {step}", timeout_s=self.timeout_s)
+        return Begun(pool, batch, list(prompts), list(labels), max_len)
+
+    def finish(self, begun: "Begun") -> list[Experience]:
+        """One Experience [1, T] a response: prompts in the order given, the responses of a prompt consecutive.
+
+        Raises RuntimeError naming the engine that failed or did not answer in time.
+        """
+        begun.pool.wait(begun.batch)
         return [
-            experience(response, prompt, label, max_len=max_len)
-            for group, prompt, label in zip(groups, prompts, labels, strict=True)
+            experience(response, prompt, label, max_len=begun.max_len)
+            for group, prompt, label in zip(begun.batch.answers(), begun.prompts, begun.labels, strict=True)
             for response in group
         ]
 
@@ -152,6 +175,17 @@ def experience(response: Response, prompt: str, label: str, *, max_len: int) -> 
             "weight_version": torch.tensor([response.weight_version]),
         },
     )
+
+
+def arguments(prompts: Sequence[Prompt], rollout: Rollout, **sampling: Any) -> dict[str, Any]:
+    """Those of a samples generator for these prompts; `sampling` has step, n_samples, temperature, top_p."""
+    return {
+        "prompts": [p.text for p in prompts],
+        "labels": [p.problem.answer for p in prompts],
+        "max_new_tokens": rollout.max_new_tokens,
+        "max_len": rollout.context,
+        **sampling,
+    }
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:

@@ -6,6 +6,7 @@ import math
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -35,6 +36,34 @@ class EngineError(RunError):
 
 class SyncError(RunError):
     """The weights did not reach the engines, twice; names the cause, and what to do."""
+
+
+@dataclass
+class Batch:
+    """Requests to the engines, and what has come of them."""
+
+    requests: Sequence[dict[str, Any]]
+    doing: str
+    """For error messages."""
+    timeout_s: float
+    left: list[int]
+    """Requests that no engine has."""
+    asked: dict[ray.ObjectRef, tuple[int, list[int]]] = field(default_factory=dict)
+    """Call -> (its engine's slot, its requests)."""
+    groups: dict[int, Any] = field(default_factory=dict)
+    ends: float = math.inf
+    """When the engines are late, on the monotonic clock."""
+    begun: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+    """When the last answer came in, whether or not someone waited for it."""
+
+    def answered(self, _: object) -> None:
+        """A call has ended; Ray says so from a thread of its own."""
+        self.last = time.monotonic()
+
+    def answers(self) -> list[Any]:
+        """A group of responses to each request, in their order."""
+        return [self.groups[i] for i in range(len(self.requests))]
 
 
 class EnginePool(Sequence["ActorHandle"]):
@@ -88,52 +117,60 @@ class EnginePool(Sequence["ActorHandle"]):
 
     # Responses.
 
-    def generate(self, requests: Sequence[dict[str, Any]], *, doing: str, timeout_s: float) -> list[Any]:
-        """A group of responses to each request, in their order; those of an engine that fails are made again.
+    def begin(self, requests: Sequence[dict[str, Any]], *, doing: str, timeout_s: float) -> "Batch":
+        """The requests, dealt to engines that answer them whether or not someone waits."""
+        batch = Batch(requests, doing, timeout_s, left=list(range(len(requests))))
+        self._deal(batch)
+        return batch
 
-        Raises EngineError for one failure more than `restarts`, or `timeout_s` after requests were last dealt out.
+    def wait(self, batch: "Batch", *, look: Callable[[], object] = lambda: None, trained: bool = False) -> None:
+        """Return when every request is answered; those of an engine that fails are dealt out again.
+
+        trained: the policy has newer weights than the engines, so no other engine can be brought to theirs; where none
+        is left to serve, requests stay in `batch.left` until after the next sync. `look` is called while it waits.
+        Raises EngineError for one failure more than `restarts`, or batch.timeout_s after requests were last dealt out.
         """
-        groups: dict[int, Any] = {}
-        asked: dict[ray.ObjectRef, tuple[int, list[int]]] = {}
-        left, ends = list(range(len(requests))), math.inf
         self._beats.clear()
-        while left or asked:
-            if left:
-                ends = time.monotonic() + timeout_s
-                for slot, indices in self._deal(left, requests, asked).items():
-                    batch = [requests[i] for i in indices]
-                    asked[self.engines[slot].generate_groups.remote(batch)] = slot, indices
-                left = []
-            answers, failed = self._next({call: slot for call, (slot, _) in asked.items()})
+        while batch.left or batch.asked:
+            if batch.left:
+                if trained and not self.serving:
+                    return
+                self._deal(batch)
+            answers, failed = self._next({call: slot for call, (slot, _) in batch.asked.items()})
             for call, answer in answers.items():
-                groups.update(zip(asked.pop(call)[1], answer, strict=True))
-            for call in [call for call, (slot, _) in asked.items() if slot in failed]:
-                left += asked.pop(call)[1]
+                batch.groups.update(zip(batch.asked.pop(call)[1], answer, strict=True))
+            for call in [call for call, (slot, _) in batch.asked.items() if slot in failed]:
+                batch.left += batch.asked.pop(call)[1]
             for slot, why in failed.items():
-                self._restart(slot, why, doing)
-            if asked and time.monotonic() >= ends:
-                late = ", ".join(str(slot) for slot in sorted({slot for slot, _ in asked.values()}))
+                self._restart(slot, why, batch.doing)
+            if batch.asked and time.monotonic() >= batch.ends:
+                late = ", ".join(str(slot) for slot in sorted({slot for slot, _ in batch.asked.values()}))
                 raise EngineError(
-                    f"rollout engines took more than rollout.timeout = {timeout_s:g} s while {doing}: engine {late} is "
-                    f"alive and not done; {REMEDY}, and raise rollout.timeout if it was only slow"
+                    f"rollout engines took more than rollout.timeout = {batch.timeout_s:g} s while {batch.doing}: "
+                    f"engine {late} is alive and not done; {REMEDY}, and raise rollout.timeout if it was only slow"
                 )
-        return [groups[i] for i in range(len(requests))]
+            if batch.asked:
+                look()
 
-    def _deal(self, left: list[int], requests: Sequence[dict[str, Any]], asked: Mapping) -> dict[int, list[int]]:
-        """Slot -> the requests it takes: always the one with the fewest samples in hand."""
+    def _deal(self, batch: "Batch") -> None:
+        """Give each request of `batch.left` to an engine: always the one with the fewest samples in hand."""
         if not self.serving and self._policy is not None:
             self.sync(*self._policy)
         elif self._policy is None:
             self._admit(wait=not self.serving)
         load = dict.fromkeys(self.serving, 0)
-        for slot, indices in asked.values():
-            load[slot] += sum(requests[i]["num_samples"] for i in indices)
+        for slot, indices in batch.asked.values():
+            load[slot] += sum(batch.requests[i]["num_samples"] for i in indices)
         dealt: dict[int, list[int]] = {}
-        for i in sorted(left):
+        for i in sorted(batch.left):
             slot = min(load, key=lambda slot: (load[slot], slot))
-            load[slot] += requests[i]["num_samples"]
+            load[slot] += batch.requests[i]["num_samples"]
             dealt.setdefault(slot, []).append(i)
-        return dealt
+        batch.left, batch.ends = [], time.monotonic() + batch.timeout_s
+        for slot, indices in dealt.items():
+            call = self.engines[slot].generate_groups.remote([batch.requests[i] for i in indices])
+            call.future().add_done_callback(batch.answered)
+            batch.asked[call] = slot, indices
 
     def _next(self, calls: Mapping[ray.ObjectRef, int]) -> tuple[dict[ray.ObjectRef, Any], dict[int, str]]:
         """Answers that have come in, and the engines that have failed, each with what it did."""

@@ -54,8 +54,7 @@ class Recorder:
         self.folder.mkdir(exist_ok=True)
         file = self.folder / file_name(step, self._requests[step])
         aside = file.with_name(f".{file.name}.partial")
-        request = {"prompts": list(prompts), "labels": list(labels), "sampling": sampling}
-        torch.save(request | {"samples": _columns([vars(s) for s in samples])}, aside)
+        write(aside, request_of(prompts, labels, sampling), samples)
         aside.rename(file)
         return samples
 
@@ -75,15 +74,38 @@ class Replay:
         file = self.folder / file_name(step, self._requests[step])
         if not file.is_file():
             raise ReplayError(f"{file} is missing; record it with rollout.record=true, or end before it (train.steps)")
-        recorded = torch.load(file, weights_only=True)
-        request = {"prompts": list(prompts), "labels": list(labels), "sampling": sampling}
-        differ = [name for name, value in request.items() if recorded[name] != value]
-        if differ:
-            raise ReplayError(
-                f"{file} was recorded with other {', '.join(differ)}; replay with the seed, data, template and "
-                "rollout settings of the run that recorded it (its recipe.yaml)"
-            )
-        return [Experience(**row) for row in _rows(recorded["samples"])]
+        recorded, samples = read(file)
+        remedy = (
+            "replay with the seed, data, template and rollout settings of the run that recorded it (its recipe.yaml)"
+        )
+        require_same(request_of(prompts, labels, sampling), recorded, what=f"{file} was recorded", remedy=remedy)
+        return samples
+
+
+Request = dict[str, Any]
+"""Prompts, labels and sampling of one call of a samples generator."""
+
+
+def request_of(prompts: Sequence[str], labels: Sequence[str], sampling: dict[str, Any]) -> Request:
+    return {"prompts": list(prompts), "labels": list(labels), "sampling": sampling}
+
+
+def require_same(request: Request, made: Request, *, what: str, remedy: str) -> None:
+    """Raise ReplayError where responses were made for another request."""
+    if differ := [name for name, value in request.items() if made[name] != value]:
+        raise ReplayError(f"{what} with other {', '.join(differ)}; {remedy}")
+
+
+def write(file: Path, request: Request, samples: Sequence[Experience]) -> None:
+    """The request and its responses, bit for bit."""
+    torch.save(request | {"samples": _columns([vars(s) for s in samples])}, file)
+
+
+def read(file: Path) -> tuple[Request, list[Experience]]:
+    """What `write` wrote."""
+    found = torch.load(file, weights_only=True)
+    rows = _rows(found.pop("samples"))
+    return found, [Experience(**row) for row in rows]
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:

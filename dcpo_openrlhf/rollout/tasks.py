@@ -213,6 +213,10 @@ class PromptStream:
         """The next n prompts; they may span epochs."""
         return [next(self) for _ in range(n)]
 
+    def peek(self, n: int) -> list[Prompt]:
+        """What the next `take` of n will give; the stream stays where it is."""
+        return copy.copy(self).take(n)
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue with the very next prompt."""
         places = [{"epoch": pool.epoch, "position": pool.position} for pool in self._pools]

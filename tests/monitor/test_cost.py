@@ -60,6 +60,14 @@ def test_groups_that_are_left_are_generated_and_seen_and_not_trained_on() -> Non
     )  # a forward, of 4 passes
 
 
+def test_what_engines_did_while_the_step_before_trained_is_their_time_too() -> None:
+    found = cost().metrics(step([3, 3], [2, 4]), SECONDS | {"time/generation": 6.0})
+    assert found["cost/generation_tokens_per_second"] == 6 / (2 + 6) / 2
+    assert found["cost/engine_idle"] == pytest.approx(0.2) and found["cost/trainer_idle"] == pytest.approx(0.5)
+    longer = cost().metrics(step([3, 3], [2, 4]), SECONDS | {"time/generation": 12.0})  # than this step, which waited
+    assert longer["cost/engine_idle"] == 0.0
+
+
 @pytest.mark.parametrize("unknown", ["sizes", "peak_flops"])
 def test_no_utilisation_without_a_known_peak_or_model(unknown: str) -> None:
     assert "cost/mfu" not in cost(**{unknown: None}).metrics(step([1, 1], [1, 1]), SECONDS)

@@ -107,6 +107,7 @@ def experience(rows: Sequence[Row], method: str, *, padding: int = 0, alpha: flo
         scores=success,
         response_length=torch.tensor([len(r["tokens"]) for r in rows]),
         truncated=torch.tensor([r["truncated"] for r in rows]),
+        info={"weight_version": torch.tensor([r.get("version", 4) for r in rows])},
         advantage_terms=methods.method_advantage(
             methods.METHODS[method],
             group_advantage=objectives.group_advantage(reward=reward, group_size=GROUP),
@@ -283,6 +284,36 @@ def test_the_regulariser_of_a_group_that_fills_a_step_is_all_of_its_advantage() 
     grades = [Grade(r["reward"], r["answer"], success=r["success"]) for r in rows]
     metrics = batch_metrics([found], grades=grades, prompts=[prompt(0), prompt(1)], alpha=0.0, mixing="convex")
     assert metrics["dcpo/regulariser_share"] == 0.0
+
+
+def test_corrections_are_told_by_age_where_there_is_one() -> None:
+    """Against sums over the tokens of each age; rows drawn from pi_old^T have their own."""
+    rows, drawn = random_rows(2 * GROUP), random_rows(GROUP, seed=1)
+    for i, r in enumerate([*rows, *drawn]):
+        r["version"] = 4 if i >= 2 * GROUP else 4 - i % 3
+    found, tempered = experience(rows, "j2"), experience(drawn, "j2")
+    found.tempered = tempered
+    assert statistics.age_metrics([found], policy_version=4) == {
+        "rollout/age_mean": sum(4 - r["version"] for r in rows) / len(rows),
+        "rollout/age_max": 2.0,
+    }
+    assert statistics.correction_metrics([found], policy_version=4) == {}
+    for e in (found, tempered):
+        e.correction, e.outside = e.entropy + 0.5, e.entropy > 1.0
+    expected = {}
+    for age in (None, 0, 1, 2):
+        w = [h + 0.5 for r in [*rows, *drawn] if age is None or 4 - r["version"] == age for h in r["entropy"]]
+        name = "" if age is None else f"_age_{age}"
+        expected[f"correction/outside{name}"] = sum(x > 1.5 for x in w) / len(w)
+        expected[f"correction/weight_mean{name}"] = sum(w) / len(w)
+        expected[f"correction/ess{name}"] = sum(w) ** 2 / len(w) / sum(x * x for x in w)
+    metrics = statistics.correction_metrics([found], policy_version=4)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert list(unknown_metrics(list(metrics))) == []
+    for r in rows:
+        r["version"] = 4
+    found.info = {"weight_version": torch.full((len(rows),), 4)}
+    assert [name for name in statistics.correction_metrics([found], policy_version=4) if "age" in name] == []
 
 
 def test_padding_split_and_order_of_groups_change_nothing() -> None:
@@ -580,6 +611,7 @@ def make_trainer(recipe: Recipe) -> Any:
         cost=make_cost(recipe, 1e12),
         grader=SimpleNamespace(timeouts=1, crashes=0, failures=4),
         weights_version=5,
+        ahead=SimpleNamespace(times={}),
         checkpoints=SimpleNamespace(saved_step=1),
         filtered={},
         timeline=SimpleNamespace(close=lambda: None),
@@ -599,6 +631,7 @@ def test_a_step_emits_the_metrics_of_the_table_and_no_other(tmp_path: Path) -> N
     asked_for = {name for name, meaning in METRICS.items() if "only with" in meaning or name.startswith(parts)}
     assert set(METRICS) - asked_for == stems | (set(METRICS) & set(metrics))
     assert (metrics["reward/failures"], metrics["reward/mine"], metrics["reward/overlong_penalty"]) == (4, 2.5, 0.5)
+    assert metrics["rollout/age_mean"] == metrics["rollout/age_max"] == 0.0  # version 5 came after these responses
     assert metrics["dcpo/alpha"] == ALPHA and metrics["dcpo/no_success_steps"] == 2 and metrics["weights/version"] == 5
 
 

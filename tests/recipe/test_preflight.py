@@ -195,6 +195,25 @@ def test_shipped_recipes_leave_their_rollouts_time(file: Path) -> None:
     assert [hint for hint in preflight.hints(load_recipe(file)) if "rollout.timeout" in hint] == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], ["correction.level=token correction.mode=clip"]),
+        (["correction.level=token", "correction.mode=clip"], []),
+        (["run.device=cpu", "correction.level=token"], ["rollout.cpu_threads and parallel.cpu_threads"]),
+        (["run.device=cpu", "correction.level=token", "rollout.cpu_threads=1", "parallel.cpu_threads=1"], []),
+    ],
+)
+def test_responses_drawn_ahead_ask_for_a_correction_and_for_cores_of_their_own(
+    changes: list[str], said: list[str]
+) -> None:
+    file = SHIPPED / "dcpo-qwen2.5-7b-8xa800.yaml"
+    found = preflight.hints(load_recipe(file, ["rollout.ahead=1", "model.dtype=fp32", *changes]))
+    assert len(found) == len(said) and all(text in hint for text, hint in zip(said, found, strict=True))
+    assert all(hint.startswith("rollout.ahead = 1") for hint in found)
+    assert not any("ahead" in hint for hint in preflight.hints(load_recipe(file, changes)))
+
+
 def test_tensor_size_must_divide_heads_groups_and_width(violations: Check) -> None:
     lines = violations({"parallel.tensor": 3, "parallel.devices_per_node": 3, "run.logical_devices": 4})
     assert lines == [

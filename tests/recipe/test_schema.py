@@ -40,7 +40,7 @@ def test_recipes_ship() -> None:
 def test_every_shipped_recipe_loads_and_resolves_to_itself(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert load_recipe(write(tmp_path, resolved_yaml(recipe))) == recipe
-    device = "cpu" if path.stem.endswith("-cpu") else "cuda"
+    device = "cpu" if path.stem.endswith(("-cpu", "-cpu-ahead")) else "cuda"
     assert (recipe.method.name, recipe.run.device) == (path.stem.split("-")[0], device), "METHOD-MODEL-DEVICES.yaml"
 
 
@@ -366,6 +366,18 @@ RULES = [
         ["parallel.colocate=true", "train.rollout_only=true", "checkpoint.resume=never"],
         ["parallel.colocate needs both training and engines; unset it"],
     ),
+    (
+        ["parallel.colocate=true", "rollout.ahead=1"],
+        ["rollout.ahead = 1 draws responses while the policy trains", "engines are asleep then", "set ahead=0, or"],
+    ),
+    (
+        ["train.rollout_only=true", "rollout.ahead=1"],
+        [
+            "rollout.ahead = 1 draws responses while the policy trains",
+            "with train.rollout_only none does",
+            "set ahead=0",
+        ],
+    ),
     (["parallel.virtual_pipeline=2"], ["virtual_pipeline = 2 needs parallel.pipeline > 1, got 1", "leave it at 1"]),
     (
         ["train.micro_batch_tokens=10242", "rollout.max_new_tokens=8193", "parallel.context=2"],
@@ -511,3 +523,10 @@ def test_sizes_that_follow_from_others(tmp_path: Path) -> None:
     recipe = load(tmp_path, "parallel.nodes=2", "parallel.tensor=4", "train.prompts_per_update=256")
     assert (recipe.parallel.world_size, recipe.parallel.data, recipe.updates_per_step) == (16, 4, 2)
     assert recipe.rollout.context == recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+
+
+@pytest.mark.parametrize(("asked", "threads"), [([], 2), (["parallel.cpu_threads=3"], 3), (["parallel.nodes=2"], 2)])
+def test_policy_ranks_of_a_node_share_its_cores(tmp_path: Path, asked: list[str], threads: int) -> None:
+    recipe = load(tmp_path, *asked)
+    assert recipe.parallel.threads(2 * 8 + 1) == threads
+    assert recipe.parallel.threads(4) == (3 if "parallel.cpu_threads=3" in asked else 1)

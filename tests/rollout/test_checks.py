@@ -27,9 +27,12 @@ def sample(prompt: int, **changed: Any) -> DCPOExperience:
     return DCPOExperience(**fields | changed)
 
 
-def check(*, second: dict[str, Any] | None = None, version: int | None = 3, rows: int = 4) -> None:
+POLICY = range(3, 4)
+
+
+def check(*, second: dict[str, Any] | None = None, versions: range | None = POLICY, rows: int = 4) -> None:
     rows_of = [sample(0), sample(0, **(second or {})), sample(1), sample(1)]
-    require_possible_samples(rows_of[:rows], step=9, prompts=PROMPTS, group_size=2, weights_version=version)
+    require_possible_samples(rows_of[:rows], step=9, prompts=PROMPTS, group_size=2, versions=versions)
 
 
 def test_sound_samples_pass() -> None:
@@ -66,7 +69,19 @@ def test_impossible_sample_is_named(second: dict[str, Any], message: str) -> Non
 
 
 def test_other_weights_pass_where_the_recipe_allows_them() -> None:
-    check(second={"info": {"weight_version": torch.tensor([2])}}, version=None)
+    check(second={"info": {"weight_version": torch.tensor([2])}}, versions=None)
+
+
+@pytest.mark.parametrize(("version", "said"), [(2, ""), (3, ""), (4, "impossible"), (1, "stale")])
+def test_weights_that_are_older_pass_up_to_the_bound(version: int, said: str) -> None:
+    def checked() -> None:
+        check(second={"info": {"weight_version": torch.tensor([version])}}, versions=range(2, 4))
+
+    if not said:
+        return checked()
+    text = rf"weight_version = {version} is {said}, the policy is at 3: not within rollout.ahead = 1 of it\. Look"
+    with pytest.raises(ImpossibleValue, match=text):
+        checked()
 
 
 def test_a_group_that_is_not_whole_is_an_error() -> None:

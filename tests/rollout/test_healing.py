@@ -137,7 +137,9 @@ def make(tmp_path: Any) -> Iterator[Make]:
 
 
 def generate(engines: EnginePool) -> list[Any]:
-    return engines.generate(REQUESTS, doing="generating for step 3", timeout_s=HANG_S)
+    batch = engines.begin(REQUESTS, doing="generating for step 3", timeout_s=HANG_S)
+    engines.wait(batch)
+    return batch.answers()
 
 
 def pids(engines: EnginePool) -> list[int]:
@@ -171,6 +173,56 @@ def test_others_take_the_prompts_of_a_lost_engine_which_is_back_after_a_later_sy
     ray.get(engines[1].health.remote())
     engines.sync(policy, 2)
     assert generate(engines) == [(seed, 2, seed % 2) for seed in range(7)]
+
+
+def begin(engines: EnginePool) -> Any:
+    return engines.begin(REQUESTS, doing="generating for step 4", timeout_s=HANG_S)
+
+
+def test_engines_answer_whether_or_not_someone_waits(make: Make) -> None:
+    engines, _ = make(2)
+    batch, ends = begin(engines), time.monotonic() + HANG_S
+    asked = list(batch.asked)
+    assert len(ray.wait(asked, num_returns=len(asked), timeout=HANG_S)[0]) == 2
+    first = batch.last
+    while batch.last == batch.begun and time.monotonic() < ends:  # Ray tells it from another thread
+        time.sleep(0.01)
+    assert batch.begun < batch.last and first <= batch.last and not batch.groups
+    engines.wait(batch, trained=True)
+    assert batch.answers() == [(seed, 1, seed % 2) for seed in range(7)] and not batch.left
+
+
+def test_while_the_policy_has_newer_weights_the_other_engine_takes_the_prompts(make: Make) -> None:
+    engines, policy = make(2, faults=("kill-1",))
+    batch = begin(engines)
+    engines.wait(batch, trained=True)
+    assert batch.answers() == [(seed, 1, 0) for seed in range(7)] and policy.connected == 1
+    engines.sync(policy, 2)
+
+
+@pytest.mark.parametrize("fault", ["kill", "err"])
+def test_what_no_engine_is_left_for_is_drawn_after_the_next_sync(fault: str, make: Make) -> None:
+    engines, policy = make(1, faults=(f"{fault}-0",))
+    batch = begin(engines)
+    engines.wait(batch, trained=True)
+    assert batch.left == list(range(7)) and not batch.groups
+    assert policy.connected == 1, "the engines' version of the weights is gone: nothing must be sent under its name"
+    engines.sync(policy, 2)
+    engines.wait(batch)
+    assert batch.answers() == [(seed, 2, 0) for seed in range(7)]
+
+
+def test_who_waits_may_look_up_and_leave(make: Make) -> None:
+    engines, _ = make(1, faults=("stop-0",))
+    engines.heartbeat_s = HEARTBEAT_S
+    batch = begin(engines)
+
+    def look() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engines.wait(batch, look=look, trained=True)
+    assert batch.asked and not batch.groups
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,16 @@ def test_batch_size_does_not_change_the_order():
     assert in_batches == ids(stream().take(20))
 
 
+@pytest.mark.parametrize("taken", [0, 3, 6, 7, 14])
+def test_a_look_at_the_next_prompts_leaves_the_stream_where_it_is(taken):
+    source = stream()
+    source.take(taken)
+    state = source.state_dict()
+    seen = ids(source.peek(9))  # into the next epoch, and the one after
+    assert source.state_dict() == state
+    assert ids(source.take(9)) == seen == ids(stream().take(taken + 9))[taken:]
+
+
 @pytest.mark.parametrize("taken", [0, 3, 7, 8, 14, 17])
 def test_a_resumed_stream_continues_with_the_next_prompt(taken):
     whole = ids(stream().take(30))

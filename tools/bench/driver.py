@@ -222,7 +222,7 @@ class Step:
             with parts.part("samples checked"):
                 for sample, grade in zip(samples, grades, strict=True):
                     sample.rewards = sample.info["reward"] = torch.tensor([grade.reward])
-                require_possible_samples(samples, step=1, prompts=prompts, group_size=size, weights_version=0)
+                require_possible_samples(samples, step=1, prompts=prompts, group_size=size, versions=range(1))
             updates: list[Any] = self.maker.make_experience_batch(samples)
             with parts.part("put: advantages to the actors"):
                 put(updates, self.group)
@@ -238,7 +238,7 @@ class Step:
         group_names = {"append": "put: advantages to the actors"}
         places: list[tuple[Any, str, str | Callable[..., str]]] = [
             (self.generator, "generate", "experiences made"),
-            (EnginePool, "generate", "responses through Ray"),
+            (EnginePool, "wait", "responses through Ray"),
             (self.maker, "split_rollout_samples", "padded into updates"),
             (self.maker, "make_experience", "rows dealt"),
             (self.maker, "compute_advantages_and_returns", "advantages"),

@@ -40,10 +40,12 @@ class Fault:
     """actor or worker of the first engine, or rank: the policy's."""
     number: int
     moment: str
-    """generate: requests are on their way. sync: calls to the engines are. train: an update begins."""
+    """begin: requests are about to go. generate: they are on their way. sync: calls to the engines are. train: an
+    update begins."""
 
 
 FAULTS = {
+    "kill-before": Fault("kill -9 of vLLM's worker before it generates", "worker", signal.SIGKILL, "begin"),
     "kill-actor": Fault("kill -9 of the engine's actor while it generates", "actor", signal.SIGKILL, "generate"),
     "kill-worker": Fault("kill -9 of vLLM's worker while it generates", "worker", signal.SIGKILL, "generate"),
     "stop-actor": Fault("SIGSTOP of the engine's actor while it generates", "actor", signal.SIGSTOP, "generate"),
@@ -112,8 +114,10 @@ def hurt_at_its_moment(fault: Fault, once: Path) -> None:
 
     doing = [""]
 
-    def remember(_: Any, *__: Any, **named: Any) -> None:
+    def remember(pool: EnginePool, *_: Any, **named: Any) -> None:
         doing[0] = named["doing"]
+        if fault.moment == "begin":
+            while_it_generates(pool)
 
     def while_it_generates(pool: EnginePool, *_: Any) -> None:
         if doing[0].endswith(f"step {STEP}") and not once.exists():
@@ -136,8 +140,8 @@ def hurt_at_its_moment(fault: Fault, once: Path) -> None:
             hurt([pid for pid in ranks[-1:]], fault.number)
 
     before(EnginePool, "_restart", lambda *_: tell("noticed"))
-    if fault.moment == "generate":
-        before(EnginePool, "generate", remember)
+    if fault.moment in ("begin", "generate"):
+        before(EnginePool, "begin", remember)
         before(EnginePool, "_next", while_it_generates)
     elif fault.moment == "sync":
         before(EnginePool, "_sync_once", before_a_sync)
