@@ -13,6 +13,7 @@ from dcpo_openrlhf.group_filter import KEEPS, Draw, Group, draw_step
 from dcpo_openrlhf.monitor.metrics import unknown_metrics
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
+from dcpo_openrlhf.rollout.ahead import Ahead
 from dcpo_openrlhf.rollout.replay import Recorder, Replay, ReplayError
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt, PromptStream
 from dcpo_openrlhf.trainer import DCPOTrainer
@@ -154,7 +155,8 @@ def make_trainer(folder: Path, generator: Any, **train: Any) -> Any:
         recipe=recipe,
         prompts=PromptStream(problems, prompts=[f"{i}" for i in range(6)], seed=1),
         generator=generator,
-        experience_maker=SimpleNamespace(),
+        ahead=Ahead(generator),
+        experience_maker=SimpleNamespace(draws_again=False),
         weights_version=3,
         events=[],
     )

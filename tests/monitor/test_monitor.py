@@ -612,6 +612,7 @@ def make_trainer(recipe: Recipe) -> Any:
         grader=SimpleNamespace(timeouts=1, crashes=0, failures=4),
         weights_version=5,
         ahead=SimpleNamespace(times={}),
+        timeline=SimpleNamespace(close=lambda: None),
         checkpoints=SimpleNamespace(saved_step=1),
         filtered={},
         timeline=SimpleNamespace(close=lambda: None),

@@ -72,11 +72,13 @@ def test_an_experience_has_memory_of_its_own() -> None:
 def test_a_steps_further_prompts_have_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def answer(requests: list[dict[str, Any]], **_: Any) -> list[Any]:
+    def begin(requests: list[dict[str, Any]], **_: Any) -> Any:
         asked.extend(request["sampling_params"].seed for request in requests)
-        return [[response(PROMPT, sample([11], [-0.5]), 0)] for _ in requests]
+        groups = [[response(PROMPT, sample([11], [-0.5]), 0)] for _ in requests]
+        return SimpleNamespace(answers=lambda: groups)
 
-    monkeypatch.setattr(generator.EnginePool, "of", lambda _: SimpleNamespace(generate=answer))
+    pool = SimpleNamespace(begin=begin, wait=lambda _: None)
+    monkeypatch.setattr(generator.EnginePool, "of", lambda _: pool)
     fake: Any = SimpleNamespace(
         tokenizer=lambda text, **_: {"input_ids": [PROMPT] * len(text)},
         seed=1,
@@ -87,6 +89,7 @@ def test_a_steps_further_prompts_have_seeds_of_their_own(monkeypatch: pytest.Mon
     fake._sampling_params = lambda **kwargs: DCPOSamplesGenerator._sampling_params(fake, **kwargs)
     for first, count in ((0, 3), (3, 2)):
         said = {"step": 7, "n_samples": 1, "max_new_tokens": 4, "max_len": 9}
-        made = DCPOSamplesGenerator.generate(fake, ["a"] * count, ["7"] * count, **said, first=first)
+        begun = DCPOSamplesGenerator.begin(fake, ["a"] * count, ["7"] * count, **said, first=first)
+        made = DCPOSamplesGenerator.finish(fake, begun)
         assert len(made) == count
     assert asked == [request_seed(1, 7, index) for index in range(5)]
