@@ -615,7 +615,6 @@ def make_trainer(recipe: Recipe) -> Any:
         timeline=SimpleNamespace(close=lambda: None),
         checkpoints=SimpleNamespace(saved_step=1),
         filtered={},
-        timeline=SimpleNamespace(close=lambda: None),
         grades=[Grade(r["reward"], r["answer"], success=r["success"], logs=LOGS) for r in rows],
         experiences=[experience(rows[: 2 * GROUP], "dcpo"), experience(rows[2 * GROUP :], "dcpo")],
     )
