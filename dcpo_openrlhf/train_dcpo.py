@@ -71,11 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(recipe: Recipe) -> None:
-    """Start everything, train, and leave nothing behind."""
+def run(recipe: Recipe, *, serving: Any = None, then: Callable[["DCPOTrainer"], None] | None = None) -> None:
+    """Start everything, train, and leave nothing behind. serving: as in `started`; then: called with the trainer that
+    has come to its end, while policy and engines are up.
+    """
     c = recipe.checkpoint
     bound = c.signal_timeout if c.every and c.on_signal else 0.0
-    with started(recipe, signal_bound=bound) as trainer:
+    with started(recipe, signal_bound=bound, serving=serving) as trainer:
         try:
             if recipe.train.rollout_only:
                 from dcpo_openrlhf.rollout_only import generate_only
@@ -83,6 +85,8 @@ def run(recipe: Recipe) -> None:
                 generate_only(trainer)
             else:
                 trainer.fit()
+            if then is not None:
+                then(trainer)
         except KeyboardInterrupt:
             if bound:
                 _before_exit(trainer.save_before_exit, signals.seconds_left())
@@ -98,9 +102,10 @@ def run(recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrainer"]:
+def started(recipe: Recipe, *, signal_bound: float = 0.0, serving: Any = None) -> Iterator["DCPOTrainer"]:
     """The recipe's trainer, with data read, Ray joined or started, graders, engines and policy up: all of it is ended
-    on the way out. SIGINT and SIGTERM raise Interrupted inside; signal_bound as in signals.raising.
+    on the way out. SIGINT and SIGTERM raise Interrupted inside; signal_bound as in signals.raising. serving: engines
+    that another run of this process left, as `create_engines` makes them; they and their Ray stay.
     """
     tokenizer = _tokenizer(recipe)
     recipe = _dated(recipe, tokenizer)
@@ -113,7 +118,8 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
     with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
         local_ray.raise_bounds()  # Ray reads them when it is imported
         with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.policy.actor"):
-            _join_ray(recipe, stack)
+            if serving is None:
+                join_ray(recipe, stack)
         install()  # ray.init put a handler of its own in place, which aborts
         from dcpo_openrlhf.openrlhf_seam import RecipeStrategy
         from dcpo_openrlhf.reward.pool import GraderPool
@@ -131,7 +137,7 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0) -> Iterator["DCPOTrain
                 success_threshold=recipe.reward.success_threshold,
             )
         )
-        engines, group = _start_actors(recipe, strategy, stack)
+        engines, group = _start_actors(recipe, strategy, stack, serving)
         yield DCPOTrainer(
             strategy, group, engines, tokenizer, prompts=prompts, heldout=heldout, grader=grader, point=point
         )
@@ -237,7 +243,7 @@ def _importing(*modules: str) -> Iterator[None]:
         thread.join()  # an interpreter that ends must not meet it in an extension module
 
 
-def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
+def join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     """Connect to the announced cluster, or start a local one that ends with the run; refuse one that is too small."""
     import ray
 
@@ -257,12 +263,15 @@ def _join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     preflight.check_cluster(recipe, gpus=resources.get("GPU", 0), cpus=resources.get("CPU", 0))
 
 
-def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) -> tuple[Any, Any]:
+def _start_actors(
+    recipe: Recipe, strategy: Any, stack: contextlib.ExitStack, serving: Any = None
+) -> tuple[Any, Any]:
     """Rollout engines (none for a replay) and policy ranks (None where nothing is trained), started side by side.
 
-    Both are ended when the stack unwinds.
+    Both are ended when the stack unwinds; engines that serve already are taken as they are, and stay.
     """
     import ray
+    from ray.util.placement_group import remove_placement_group
 
     from dcpo_openrlhf.policy.actor import ACTORS
     from dcpo_openrlhf.policy.group import PolicyActorGroup
@@ -276,10 +285,14 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     devices = bundles = None
     if trains:
         devices = device_group(p.world_size, bound, what=what)
+        if serving is not None:  # this Ray stays: it gives them to the next run
+            stack.callback(remove_placement_group, devices)
         bundles = rank_bundles(devices, p, bound, on_gpus=recipe.run.device == "cuda")
     shared = devices if p.colocate else None
-    engines = _create_engines(recipe, shared) if recipe.generates else []
-    stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
+    engines = serving
+    if serving is None:
+        engines = create_engines(recipe, shared) if recipe.generates else []
+        stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)
     group = None
     if trains:
         share: Any = COLOCATED_SHARE if shared else 1  # annotated int by OpenRLHF, which itself passes fractions
@@ -288,7 +301,7 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
         group = PolicyActorGroup(p.nodes, p.devices_per_node, actor, cast(Any, devices), share, **options)
         stack.callback(_kill, group)
     ranks = p.world_size if group else 0
-    logger.info("starting %d rollout engines and %d policy ranks", len(engines), ranks)
+    logger.info("starting %d rollout engines and %d policy ranks", 0 if serving else len(engines), ranks)
     if shared:  # one after the other: each needs the device's memory to be built
         wait_until_ready(engines, bound)
         sleep(engines, bound)
@@ -305,7 +318,8 @@ def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack) ->
     return engines, group
 
 
-def _create_engines(recipe: Recipe, shared: Any) -> Any:
+def create_engines(recipe: Recipe, shared: Any = None) -> Any:
+    """The recipe's engines, which start in the background; shared: the policy's devices, where they are colocated."""
     from dcpo_openrlhf.rollout.pool import create_rollout_engines
 
     r = recipe.rollout

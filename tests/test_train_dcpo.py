@@ -56,7 +56,7 @@ def main(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         pytest.fail("Ray was started")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(train_dcpo, "_join_ray", started)
+    monkeypatch.setattr(train_dcpo, "join_ray", started)
     monkeypatch.setattr(train_dcpo, "log_to", lambda _: None)  # it would take pytest's log handlers away
 
     def call(*arguments: str) -> tuple[int, str, str]:

@@ -1,0 +1,329 @@
+"""The reproduction's tool: its grid, task, numbers over seeds, archive, and tables made of committed metrics."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dcpo_openrlhf.methods import METHODS
+from dcpo_openrlhf.recipe.load import load_recipe
+from tools.reproduce import __main__ as command
+from tools.reproduce import archive, gradients, grid, runner, small_model, tables, tasks
+from tools.reproduce import statistics as s
+from tools.reproduce.archive import Result
+from tools.reproduce.grid import CELLS, RECIPES, Cell, Run
+from tools.reproduce.session import shared_settings
+
+TINY_TASK = tasks.Signs(largest=8, size=4, target=20, count=450)
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def overrides(cell: Cell) -> list[str]:
+    files = ["task.train=x.jsonl", "task.heldout=y.jsonl"] if cell.model == "small" else []
+    return [*cell.overrides(3), "model.path=/nowhere", *files]
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
+def test_every_cell_is_a_recipe(cell: Cell) -> None:
+    recipe = load_recipe(RECIPES[cell.model], overrides(cell))
+    assert recipe.run.seed == 3 and recipe.method.name in METHODS
+    for key, value in cell.keys.items():
+        assert recipe.settings[key] == value
+
+
+def test_the_grid_of_the_paper() -> None:
+    asked = {name for table in tables.TABLES.values() for name in table.cells}
+    assert asked == set(CELLS), "a cell that no table asks for, or the other way round"
+    assert {CELLS[name].keys["method.name"] for name in CELLS} == set(METHODS)
+    runs = tables.TABLES["figure_2"].runs()
+    assert len(runs) == 5 * (len(grid.LEVELS) + 1) and len(set(runs)) == len(runs)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs), "any prefix is balanced over the cells"
+
+
+def test_runs_that_tables_share_are_made_once() -> None:
+    every = [run for table in tables.TABLES.values() for run in table.runs()]
+    once = runner.in_order(every)
+    assert len(once) == len({run.name for run in every}) < len(every)
+    assert [run.seed for run in once] == sorted(run.seed for run in once)
+
+
+def test_identity_tells_other_keys_and_not_where_a_run_lies() -> None:
+    identities = {cell.identity for cell in CELLS.values()}
+    assert len(identities) == len({(c.model, json.dumps(c.keys, sort_keys=True)) for c in CELLS.values()})
+    assert Cell("a", "", {"method.name": "grpo"}).identity == Cell("b", "x", {"method.name": "grpo"}).identity
+
+
+def test_small_runs_share_their_engines() -> None:
+    small = [load_recipe(RECIPES["small"], overrides(c)) for c in CELLS.values() if c.model == "small"]
+    first = shared_settings(small[0])
+    assert all(shared_settings(recipe) == first for recipe in small)
+    assert shared_settings(load_recipe(RECIPES["smollm2"], ["model.path=/nowhere"])) != first
+
+
+# --- the task and its model ------------------------------------------------------------------------------------------
+
+
+def test_traces_are_right_and_differ() -> None:
+    rng, task = random.Random(1), tasks.TASK
+    for problem in task.problems()[:50]:
+        answers = {task.trace(problem, rng) for _ in range(5)}
+        assert len(answers) > 1
+        assert all(tasks.right(problem, answer) for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("response", "is_right"),
+    [
+        ("+5 +4 =-4 +2 -6 =0", True),
+        ("-6 +2 =9 +5 +4 =0", True),
+        ("+5 +4 =40 +2 -6 =40", True),  # what is left is not graded
+        ("+5 +4 +2 -6", True),
+        ("+5 +4 =-4 +2 +6 =0", False),  # another sum
+        ("+5 =0", False),  # numbers are missing
+        ("+5 +4 +2 -6 +1 -1", False),
+        ("+5 +5 +5 -10", False),
+        ("", False),
+    ],
+)
+def test_grader(response: str, is_right: bool) -> None:
+    problem = "reach 5 with 2 4 5 6 :"
+    (grade,) = tasks.grade([(problem, response, "-", "signs", {})])
+    assert (grade["reward"], grade["success"]) == (is_right, is_right)
+
+
+def test_what_can_be_reached_by_trying_all_signs() -> None:
+    numbers = [3, 5, 8]
+    sums = {
+        sum(n * sign for n, sign in zip(numbers, signs, strict=True)) for signs in itertools.product((1, -1), repeat=3)
+    }
+    bits = tasks._reachable(numbers)
+    assert {n for n in range(-20, 21) if bits >> (n + tasks.FAR) & 1} == sums
+
+
+def test_the_tokenizer_goes_there_and_back() -> None:
+    task, rng = tasks.TASK, random.Random(2)
+    tokenizer = small_model.make_tokenizer(task)
+    for problem in task.problems()[:20]:
+        for text in (problem, task.trace(problem, rng)):
+            tokens = tokenizer.encode(text)
+            assert len(tokens) == len(text.split()), "a word is a token"
+            assert tokenizer.decode(tokens) == text
+            assert tokenizer.pad_token_id not in tokens and tokenizer.eos_token_id not in tokens
+
+
+def test_the_small_model_is_made_whole_and_repeats(tmp_path: Path) -> None:
+    setting = small_model.Setting(hidden=64, heads=2, kv_heads=1, layers=1, ffn=64, batch=8, updates=2, look_every=1)
+    weights = []
+    for name in ("a", "b"):
+        small_model.make(tmp_path / name, setting, TINY_TASK)
+        model = small_model.Qwen2ForCausalLM.from_pretrained(tmp_path / name)
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert small_model.is_made(tmp_path / "a", setting, TINY_TASK)
+    assert not small_model.is_made(tmp_path / "a", small_model.Setting(), TINY_TASK)
+    train, heldout = (
+        {json.loads(line)["id"] for line in (tmp_path / "a" / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("train", "heldout")
+    )
+    assert len(heldout) == small_model.HELD_OUT and not train & heldout
+
+
+# --- numbers over seeds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_interval_by_numpy(count: int) -> None:
+    values = np.random.default_rng(count).normal(3.0, 2.0, count)
+    # the 0.975 quantile of Student's t by a sum: with t = sqrt(n - 1) tan(u) its density is that of cos(u) ** (n - 2)
+    u = np.linspace(-math.pi / 2, math.pi / 2, 400_001)
+    mass = np.cumsum(np.cos(u) ** (count - 2))
+    quantile = math.sqrt(count - 1) * math.tan(u[np.searchsorted(mass, 0.975 * mass[-1])])
+    half = quantile * values.std(ddof=1) / math.sqrt(count)
+    found = s.interval(list(values))
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-3)
+
+
+def test_interval_of_one_seed_says_nothing_of_others() -> None:
+    found = s.interval([2.0])
+    assert found.mean == 2.0 and math.isnan(found.low) and math.isnan(found.high)
+    assert s.sign_of(found) == "undecided"
+    with pytest.raises(ValueError, match="1 to 10 values are needed, one a seed, not 0"):
+        s.interval([])
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [([1.0, 1.1, 1.2], "reproduced"), ([-1.0, -1.1, -1.2], "not reproduced"), ([1.0, -0.1, 0.2], "undecided")],
+)
+def test_a_verdict_needs_the_whole_interval(values: list[float], verdict: str) -> None:
+    assert s.sign_of(s.interval(values)) == verdict
+
+
+def test_a_claim_of_several_needs_each() -> None:
+    assert s.all_of(["reproduced", "reproduced"]) == "reproduced"
+    assert s.all_of(["reproduced", "undecided"]) == "undecided"
+    assert s.all_of(["undecided", "not reproduced"]) == "not reproduced"
+    assert s.all_of(["not reproduced", "not run yet"]) == "not run yet"
+
+
+def result(entropy: list[float], *, success: float = 0.5, target: float = 1.0, accuracy: float = 0.5) -> Result:
+    steps = [
+        {
+            "train/step": float(i),
+            "entropy/exact": h,
+            "entropy/target": target,
+            "rollout/success_rate": success,
+            "dcpo/regulariser_share": 0.25,
+        }
+        for i, h in enumerate(entropy, 1)
+    ]
+    evaluations = [{"step": 0, "heldout_accuracy": 0.1}, {"step": len(steps), "heldout_accuracy": accuracy}]
+    return Result({}, steps, evaluations, {"samples": 4, "right": [0, 4, 2]})
+
+
+@pytest.mark.parametrize(
+    ("entropy", "mean_error", "overshoot", "settled"),
+    [
+        ([2.0, 1.5, 0.8, 0.9, 1.05, 1.0], (0.1 + 0.05 + 0.0) / 3, 0.2, 4),
+        ([2.0, 1.5, 1.2, 1.2, 1.2, 1.2], 0.2, 0.0, math.inf),
+        ([0.2, 0.5, 1.3, 1.0, 1.0, 1.0], 0.0, 0.3, 4),
+        ([1.0, 1.0, 1.0, 1.0], 0.0, 0.0, 1),
+    ],
+)
+def test_tracking(entropy: list[float], mean_error: float, overshoot: float, settled: float) -> None:
+    found = s.tracking(result(entropy))
+    assert found == pytest.approx((mean_error, overshoot, settled))
+
+
+def test_scores_of_a_run() -> None:
+    run = result([1.0] * 4)
+    assert s.average_at_k(run) == 0.5
+    assert s.passed_at(run, 1) == pytest.approx(0.5)
+    assert s.passed_at(run, 2) == pytest.approx((0 + 1 + (1 - 1 / 6)) / 3)  # C(2,2) / C(4,2) = 1/6
+    assert (s.accuracy_before(run), s.accuracy(run)) == (0.1, 0.5)
+
+
+# --- archive and tables ----------------------------------------------------------------------------------------------
+
+
+def put(folder: Path, cell: str, seed: int, found: Result, **about: Any) -> None:
+    run = Run(CELLS[cell], seed)
+    whole = Result({"identity": run.cell.identity, **about}, found.steps, found.evaluations, found.counts)
+    archive.write(archive.file_of(run, folder), whole)
+
+
+def test_the_archive_gives_back_what_it_took_and_repeats(tmp_path: Path) -> None:
+    run = Run(CELLS["grpo"], 1)
+    first = result([1 / 3, math.nan, 0.5])
+    put(tmp_path, "grpo", 1, first)
+    data = archive.file_of(run, tmp_path).read_bytes()
+    put(tmp_path, "grpo", 1, first)
+    assert archive.file_of(run, tmp_path).read_bytes() == data
+    found = archive.load(run, tmp_path)
+    assert found is not None and found.evaluations == first.evaluations and found.counts == first.counts
+    assert found.series("entropy/exact") == pytest.approx([0.333333, math.nan, 0.5], nan_ok=True)
+    put(tmp_path, "grpo", 1, first, identity="of other keys")
+    assert archive.load(run, tmp_path) is None
+
+
+def test_a_table_of_committed_metrics(tmp_path: Path) -> None:
+    for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
+        for level in grid.LEVELS:
+            accuracy = 0.6 - abs(level - 0.5) + shift
+            flat = [2.0, *[level * (1 + shift)] * 19]
+            put(tmp_path, f"dcpo-h{level:g}", seed, result(flat, target=level, accuracy=accuracy))
+    table = tables.TABLES["figure_2"]
+    report = table.report(tmp_path)
+    assert [claim.verdict for claim in report.claims] == ["reproduced", "reproduced"]
+    text = report.markdown()
+    assert "| dcpo, H_0 = 0.5 | 3 | 0.510 [0.485, 0.535] |" in text
+    assert "| grpo | 0 | not run yet |" in text
+    assert (tmp_path / "figure_2.svg").read_text().startswith("<?xml")
+    assert "<svg" in report.html(tmp_path)
+    put(tmp_path, "dcpo-h0.5", 1, result([2.0, *[0.1] * 19], target=0.5, accuracy=0.1))
+    assert [claim.verdict for claim in table.report(tmp_path).claims] == ["undecided", "undecided"]
+
+
+def test_what_falls_or_stays_is_told(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        for cell, end in (("j1", 0.1), ("j2", 1.0), ("j3", 1.0 + 0.01 * seed), ("j4", 0.1 + 0.01 * seed)):
+            put(tmp_path, cell, seed, result([2.0, *[end] * 19]))
+    verdicts = {c.text: c.verdict for c in tables.TABLES["figure_1"].report(tmp_path).claims}
+    for text in ("j3 holds", "j4 collapses", "j1 collapses", "j2 holds", "j3 keeps more entropy than j4"):
+        assert verdicts[text] == "reproduced", text
+    assert verdicts["grpo collapses"] == "not run yet"
+
+
+def test_every_table_can_be_told_before_any_run(tmp_path: Path) -> None:
+    for table in tables.TABLES.values():
+        text = table.report(tmp_path).markdown()
+        assert text.startswith("## ") and "reproduced**" not in text.replace("not reproduced", "")
+
+
+# --- which runs are made ---------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_skipped_and_broken_ones_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(archive, "WORK", tmp_path / "work")
+    runs = [Run(CELLS[name], seed) for name in ("grpo", "dcpo") for seed in (1, 2)]
+    put(tmp_path / "results", "grpo", 1, result([1.0]))
+    broken = tmp_path / "work" / runs[1].name
+    broken.mkdir(parents=True)
+    (broken / "metrics.jsonl").write_text("")
+    assert [runner.state(run) for run in runs] == ["finished", "broken", "not run yet", "not run yet"]
+    made: list[str] = []
+
+    def make(run: Run, _: object) -> Result:
+        made.append(run.name)
+        put(tmp_path / "results", run.cell.name, run.seed, result([1.0]))
+        return Result({"minutes": 0.0}, [])
+
+    monkeypatch.setattr(runner, "make", make)
+    assert runner.make_all(runs, minutes=0.0, say=lambda _: None) == 3 and made == []
+    assert runner.make_all(runs, minutes=1.0, say=lambda _: None) == 0
+    assert made == ["small/dcpo/seed1", "small/grpo/seed2", "small/dcpo/seed2"]
+    assert "figure_2" in command.progress([tables.TABLES["figure_2"]])
+
+
+# --- the committed results -------------------------------------------------------------------------------------------
+
+
+def test_committed_runs_are_of_the_grid() -> None:
+    known = {archive.file_of(run): run for table in tables.TABLES.values() for run in table.runs()}
+    for file in (archive.RESULTS / "runs").rglob("*.jsonl.gz"):
+        assert file in known, f"{file} is no run of the grid"
+        found = archive.load(known[file])
+        assert found is not None, f"{file} is of another recipe or other keys"
+        steps = load_recipe(RECIPES[known[file].cell.model], overrides(known[file].cell)).train.steps
+        assert len(found.steps) == steps and len(found.evaluations) >= 2
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def test_bias_and_variance_by_enumeration() -> None:
+    """A policy of one token: weights of tokens and of sequences are one, and unbiased; without weights it is not."""
+    draw = torch.Generator().manual_seed(0)
+    logits, temperature, n = torch.tensor([1.0, 0.0, -1.0]), 2.0, 40000
+    reward = torch.tensor([1.0, 0.0, 1.0])
+    pi, tempered = logits.softmax(0), (logits / temperature).softmax(0)
+    exact = sum(tempered[a] * reward[a] * (torch.eye(3)[a] - pi) for a in range(3))
+    for name, biased in (("token", False), ("sequence", False), ("none", True)):
+        token = torch.multinomial(pi, n, replacement=True, generator=draw)
+        log_rho = (tempered / pi).log()[token][:, None]
+        weight = gradients.WEIGHTS[name](log_rho, torch.ones(n, 1)) * reward[token][:, None]
+        score = torch.eye(3)[token] - pi
+        each, mean = weight * score, gradients.Mean(torch.zeros(2, 3))
+        mean.add(lambda kept, g=each: g[kept].sum(0), each.square().sum(1), weight.sum(1))
+        error = float((mean.means.mean(0) - exact).norm() / exact.norm())
+        assert (error > 0.1) == biased, (name, error)
+        assert mean.variance == pytest.approx(float(each.var(0).sum()), rel=0.02)

