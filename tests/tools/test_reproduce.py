@@ -85,7 +85,9 @@ def test_traces_are_right_and_differ() -> None:
         ("-6 +2 =9 +5 +4 =0", True),
         ("+5 +4 =40 +2 -6 =40", True),  # what is left is not graded
         ("+5 +4 +2 -6", True),
-        ("+5 +4 =-4 +2 +6 =0", False),  # another sum
+        ("-5 +4 =6 -2 +6 =2", True),  # 3, which is near enough
+        ("+5 +4 =-4 +2 +6 =0", False),  # 17
+        ("+5 +4 -6 -2", False),  # 1
         ("+5 =0", False),  # numbers are missing
         ("+5 +4 +2 -6 +1 -1", False),
         ("+5 +5 +5 -10", False),

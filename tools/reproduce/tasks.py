@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+NEAR = 2
+"""An answer is right whose sum is at most this far from the target. (The parity of all sums is that of the numbers.)"""
 FAR = 256
 """More than any sum of a problem's numbers."""
 
 
 @dataclass(frozen=True)
 class Signs:
-    """Give every number of a list a sign, in any order, so that they add up to a target.
+    """Give every number of a list a sign, in any order, so that they add up to a target, or come near it.
 
-    problem: "reach 5 with 2 4 5 6 :", a right answer: "+5 =0 +4 =-4 +2 =-6 -6 =0": a number with its sign, then what is
-    left to go.
+    problem: "reach 5 with 2 4 5 6 :", a right answer: "+5 +4 =-4 +2 -6 =0": numbers with their signs, and after every
+    second one what is left to go.
     """
 
-    largest: int = 12
-    size: int = 8
+    largest: int = 14
+    size: int = 10
     """Numbers of a problem, all different."""
-    target: int = 30
-    count: int = 6000
-    every: int = 2
-    """A number is followed by what is left where as many more as a multiple of this are to come."""
-    new_tokens: int = 18
+    target: int = 40
+    count: int = 12000
+    new_tokens: int = 24
     """Bound of an answer, its end token included."""
 
     def vocabulary(self) -> list[str]:
@@ -48,7 +48,7 @@ class Signs:
         return list(found)
 
     def trace(self, problem: str, rng: random.Random) -> str:
-        """A right answer: each number and sign is drawn among those after which the target can still be reached."""
+        """An exact answer: each number and sign is drawn among those after which the target can still be reached."""
         left, numbers = _read(problem)
         words = []
         while numbers:
@@ -60,7 +60,7 @@ class Signs:
             numbers.remove(n)
             left -= sign * n
             words.append(f"{'+' if sign > 0 else '-'}{n}")
-            if len(numbers) % self.every == 0:
+            if len(numbers) % 2 == 0:
                 words.append(f"={left}")
         return " ".join(words)
 
@@ -71,10 +71,10 @@ TASK = Signs()
 
 
 def right(problem: str, response: str) -> bool:
-    """Every number stands once, and they add up to the target; what is left need not be written right."""
+    """Every number stands once, and the sum is NEAR the target; what is left need not be written right."""
     target, numbers = _read(problem)
     signed = [int(word) for word in response.split() if word[0] in "+-"]
-    return sorted(map(abs, signed)) == numbers and sum(signed) == target
+    return sorted(map(abs, signed)) == numbers and abs(sum(signed) - target) <= NEAR
 
 
 def grade(batch: Sequence[tuple[str, str, str, str, Any]]) -> list[dict[str, Any]]:
