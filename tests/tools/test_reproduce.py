@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dcpo_openrlhf import train_dcpo
 from dcpo_openrlhf.methods import METHODS
+from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.load import load_recipe
 from tools.reproduce import __main__ as command
 from tools.reproduce import archive, gradients, grid, runner, small_model, tables, tasks
 from tools.reproduce import statistics as s
 from tools.reproduce.archive import Result
 from tools.reproduce.grid import CELLS, RECIPES, Cell, Run
-from tools.reproduce.session import shared_settings
+from tools.reproduce.session import session, shared_settings
 
 TINY_TASK = tasks.Signs(largest=8, size=4, target=20, count=450)
 
@@ -120,14 +123,29 @@ def test_the_tokenizer_goes_there_and_back() -> None:
             assert tokenizer.pad_token_id not in tokens and tokenizer.eos_token_id not in tokens
 
 
+def test_a_llama_that_is_the_same_network() -> None:
+    tokenizer = small_model.make_tokenizer(TINY_TASK)
+    qwen = small_model.make_model(small_model.Setting(hidden=64, heads=2, kv_heads=1, layers=2, ffn=64), tokenizer)
+    with torch.no_grad():
+        for name, parameter in qwen.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(small_model.as_llama(qwen)(tokens).logits, qwen(tokens).logits)
+
+
 def test_the_small_model_is_made_whole_and_repeats(tmp_path: Path) -> None:
     setting = small_model.Setting(hidden=64, heads=2, kv_heads=1, layers=1, ffn=64, batch=8, updates=2, look_every=1)
     weights = []
     for name in ("a", "b"):
         small_model.make(tmp_path / name, setting, TINY_TASK)
-        model = small_model.Qwen2ForCausalLM.from_pretrained(tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    text = TINY_TASK.problems()[0]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "a").encode(text)) == len(text.split()), (
+        "read as it was written"
+    )
     assert small_model.is_made(tmp_path / "a", setting, TINY_TASK)
     assert not small_model.is_made(tmp_path / "a", small_model.Setting(), TINY_TASK)
     train, heldout = (
@@ -294,6 +312,25 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(tmp_path: Path, monkeyp
     assert runner.make_all(runs, minutes=1.0, say=lambda _: None) == 0
     assert made == ["small/dcpo/seed1", "small/grpo/seed2", "small/dcpo/seed2"]
     assert "figure_2" in command.progress([tables.TABLES["figure_2"]])
+
+
+def test_one_start_of_the_engines_serves_runs_that_may_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcpo_openrlhf.rollout import pool
+
+    log: list[str] = []
+    engines = iter(("first", "second"))
+    monkeypatch.setattr(preflight, "check", lambda recipe, dry_run: [])
+    monkeypatch.setattr(train_dcpo, "join_ray", lambda recipe, stack: stack.callback(log.append, "ray ends"))
+    monkeypatch.setattr(train_dcpo, "create_engines", lambda recipe: next(engines))
+    monkeypatch.setattr(pool, "shutdown_engines", lambda serving, seconds: log.append(f"{serving} end"))
+    monkeypatch.setattr(train_dcpo, "run", lambda recipe, serving, then: log.append(f"{recipe.run.seed} on {serving}"))
+    recipes = [load_recipe(RECIPES["small"], [*overrides(CELLS["grpo"]), f"run.seed={seed}"]) for seed in (1, 2)]
+    other = load_recipe(RECIPES["small"], [*overrides(CELLS["grpo"]), "rollout.max_new_tokens=8"])
+    with session() as shared:
+        for recipe in (*recipes, other):
+            shared.train(recipe, then=lambda trainer: None)
+    ends = ["first end", "ray ends", "3 on second", "second end", "ray ends"]
+    assert log == ["1 on first", "2 on first", *ends]
 
 
 # --- the committed results -------------------------------------------------------------------------------------------

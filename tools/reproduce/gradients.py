@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.reproduce.small_model import sample
 from tools.reproduce.tasks import TASK, right
@@ -105,7 +105,7 @@ def accumulate(
 def measure(folder: Path, *, seed: int = 1, samples: int = SAMPLES) -> list[dict[str, float | str]]:
     """For each T and weight: bias and standard deviation of a sample, relative to |g|; the effective sample share."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     problems = [json.loads(line)["problem"] for line in (folder / "train.jsonl").read_text().splitlines()]
     shape = (2, *model.lm_head.weight.shape)

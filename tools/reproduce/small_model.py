@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tools.reproduce.tasks import NEAR, TASK, Task, right
 
@@ -95,6 +102,25 @@ def make_model(setting: Setting, tokenizer: PreTrainedTokenizerFast) -> Qwen2For
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
     return model
+
+
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same network as a llama with attention biases, of which the output's is 0.
+
+    transformers reads every qwen2 folder with Qwen2's own tokenizer, whatever the folder says.
+    """
+    c = model.config
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shared += ("intermediate_size", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "rope_parameters")
+    shared += ("bos_token_id", "eos_token_id", "pad_token_id")
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, **{name: getattr(c, name) for name in shared}))
+    with torch.no_grad():
+        for name, parameter in llama.named_parameters():
+            if name.endswith("o_proj.bias"):
+                parameter.zero_()
+    llama.load_state_dict(llama.state_dict() | model.state_dict())
+    llama.generation_config = model.generation_config
+    return llama
 
 
 def split(task: Task) -> tuple[list[str], list[str]]:
@@ -203,7 +229,7 @@ def make(output: Path, setting: Setting, task: Task = TASK) -> dict[str, float]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         folder = Path(temporary) / "model"
-        model.save_pretrained(folder)
+        as_llama(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_problems(task, folder)
         parameters = sum(p.numel() for p in model.parameters())
