@@ -10,6 +10,8 @@ from pathlib import Path
 
 from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.recipe.schema import RecipeError
+from dcpo_openrlhf.signals import Interrupted
+from dcpo_openrlhf.train_dcpo import log_to
 from tools.reproduce import archive, report
 from tools.reproduce.grid import SEEDS, Run
 from tools.reproduce.tables import TABLES, Table
@@ -66,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(TABLES) if "all" in args.tables else list(dict.fromkeys(args.tables))
     tables = [TABLES[name] for name in names]
     if args.run:
+        log_to(sys.stdout)
         try:
             left = run(tables, minutes=args.minutes, seeds=args.seeds)
         except (RecipeError, RunError) as error:
             print(f"reproduce: {error}", file=sys.stderr)
             return 1
+        except Interrupted as interrupted:
+            print("reproduce: ended by a signal; the run in hand goes on from its last checkpoint", file=sys.stderr)
+            return 128 + interrupted.args[0]
         print(f"{left} runs are left" if left else "every run is finished")
     print(progress(tables))
     reports = [table.report() for table in tables]

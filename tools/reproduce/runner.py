@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dcpo_openrlhf.trainer import DCPOTrainer
     from tools.reproduce.session import Session
 
-PROBLEMS, SAMPLES = 64, 128
+PROBLEMS, SAMPLES = 32, 128
 """Held-out problems, and answers to each, of Avg@k and Pass@k."""
 TEMPERATURE, TOP_P = 0.6, 0.95
 """Of those answers: the paper's for Pass@128."""
