@@ -236,7 +236,9 @@ def test_scores_of_a_run() -> None:
 
 def put(folder: Path, cell: str, seed: int, found: Result, **about: Any) -> None:
     run = Run(CELLS[cell], seed)
-    whole = Result({"identity": run.cell.identity, **about}, found.steps, found.evaluations, found.counts)
+    whole = Result(
+        {"identity": run.cell.identity, "keys": run.cell.keys, **about}, found.steps, found.evaluations, found.counts
+    )
     archive.write(archive.file_of(run, folder), whole)
 
 
@@ -264,11 +266,11 @@ def test_a_table_of_committed_metrics(tmp_path: Path) -> None:
     report = table.report(tmp_path)
     assert [claim.verdict for claim in report.claims] == ["reproduced", "reproduced"]
     text = report.markdown()
-    assert "| dcpo | 3 | 0.510 [0.485, 0.535] |" in text
+    assert "| dcpo, H_0 = 0.5 | 3 | 0.510 [0.485, 0.535] |" in text
     assert "| grpo | 0 | not run yet |" in text
     assert (tmp_path / "figure_2.svg").read_text().startswith("<?xml")
     assert "<svg" in report.html(tmp_path)
-    put(tmp_path, "dcpo", 1, result([2.0, *[0.1] * 19], target=0.5, accuracy=0.1))
+    put(tmp_path, "dcpo-h0.5", 1, result([2.0, *[0.1] * 19], target=0.5, accuracy=0.1))
     assert [claim.verdict for claim in table.report(tmp_path).claims] == ["undecided", "undecided"]
 
 
@@ -296,7 +298,7 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(tmp_path: Path, monkeyp
     monkeypatch.setattr(archive, "WORK", tmp_path / "work")
     runs = [Run(CELLS[name], seed) for name in ("grpo", "dcpo") for seed in (1, 2)]
     put(tmp_path / "results", "grpo", 1, result([1.0]))
-    broken = tmp_path / "work" / runs[1].name
+    broken = runner.folder_of(runs[1])
     broken.mkdir(parents=True)
     (broken / "metrics.jsonl").write_text("")
     assert [runner.state(run) for run in runs] == ["finished", "broken", "not run yet", "not run yet"]

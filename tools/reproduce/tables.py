@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tools.reproduce import archive
 from tools.reproduce import statistics as s
-from tools.reproduce.grid import CELLS, LEVELS, OTHERS, SEEDS, Run
+from tools.reproduce.grid import CELLS, LEVELS, OTHERS, SEEDS, TARGET, Run
 from tools.reproduce.report import Claim, Measure, Report, Results, curves, difference, over_seeds, rows, shown
 
 HOLDS, COLLAPSES = 0.25, 0.5
@@ -60,8 +60,9 @@ def collapsed(results: Results, cell: str) -> s.Verdict:
 
 
 def relative_entropy(run: archive.Result) -> float:
-    """H of the last quarter as a share of H_0."""
-    return s.final_entropy(run) / run.series("entropy/target")[-1]
+    """H of the last quarter as a share of H_0; GRPO, which has none, as a share of the others'."""
+    own = run.about["keys"].get("method.target_entropy", TARGET)
+    return s.final_entropy(run) / own
 
 
 def distance(run: archive.Result) -> float:
@@ -312,7 +313,8 @@ def headline(table: Table, results: Results, folder: Path) -> Report:
 
 def _targets(results: Results) -> list[float]:
     """H_0 of the runs."""
-    return sorted({run.series("entropy/target")[-1] for runs in results.values() for run in runs.values()})
+    every = (run.about["keys"].get("method.target_entropy") for runs in results.values() for run in runs.values())
+    return sorted({target for target in every if target is not None})
 
 
 def _with_paper(names: Sequence[str]) -> list[str]:
