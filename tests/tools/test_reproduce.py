@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_every_cell_is_a_recipe(cell: Cell) -> None:
 def test_the_grid_of_the_paper() -> None:
     asked = {name for table in tables.TABLES.values() for name in table.cells}
     assert asked == set(CELLS), "a cell that no table asks for, or the other way round"
+    assert len(list(grid._cells())) == len(CELLS), "two cells of one name"
     assert {CELLS[name].keys["method.name"] for name in CELLS} == set(METHODS)
     runs = tables.TABLES["figure_2"].runs()
     assert len(runs) == 5 * (len(grid.LEVELS) + 1) and len(set(runs)) == len(runs)
@@ -267,7 +269,7 @@ def test_a_table_of_committed_metrics(tmp_path: Path) -> None:
     assert [claim.verdict for claim in report.claims] == ["reproduced", "reproduced"]
     text = report.markdown()
     assert "| dcpo, H_0 = 0.5 | 3 | 0.510 [0.485, 0.535] |" in text
-    assert "| grpo | 0 | not run yet |" in text
+    assert text.endswith("Not run yet: grpo.")
     assert (tmp_path / "figure_2.svg").read_text().startswith("<?xml")
     assert "<svg" in report.html(tmp_path)
     put(tmp_path, "dcpo-h0.5", 1, result([2.0, *[0.1] * 19], target=0.5, accuracy=0.1))
@@ -346,6 +348,13 @@ def test_committed_runs_are_of_the_grid() -> None:
         assert found is not None, f"{file} is of another recipe or other keys"
         steps = load_recipe(RECIPES[known[file].cell.model], overrides(known[file].cell)).train.steps
         assert len(found.steps) == steps and len(found.evaluations) >= 2
+
+
+def test_results_are_what_the_committed_numbers_say(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(archive.RESULTS, folder)
+    text = command.results((table.report(folder) for table in tables.TABLES.values()), folder)
+    assert (archive.RESULTS / "results.md").read_text() == text, "write it again: python -m tools.reproduce all"
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ python -m tools.reproduce TABLE [TABLE ...] [--run]       TABLE: a name of the l
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dcpo_openrlhf.errors import RunError
@@ -30,17 +30,19 @@ def progress(tables: Sequence[Table]) -> str:
     """A line a table: finished, broken and missing runs; what several tables share counts in each."""
     from tools.reproduce.runner import state
 
-    lines = [f"{'table':<14}{'finished':>9}{'broken':>8}{'not run yet':>13}"]
+    widths = {"finished": 10, "broken": 8, "not run yet": 13}
+    lines = [f"{'table':<14}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
     for table in tables:
         states = [state(run) for run in table.runs()]
-        lines.append(
-            f"{table.name:<14}"
-            + "".join(
-                f"{states.count(name):>{width}}"
-                for name, width in (("finished", 9), ("broken", 8), ("not run yet", 13))
-            )
-        )
+        counts = "".join(f"{states.count(name):>{width}}" for name, width in widths.items())
+        lines.append(f"{table.name:<14}{counts}")
     return "\n".join(lines)
+
+
+def results(reports: Iterable[report.Report], folder: Path | None = None) -> str:
+    """The text of results.md, folder in place of docs/results."""
+    tables = "".join(f"\n{r.markdown()}\n" for r in reports)
+    return f"{INTRODUCTION}{tables}\n## What ran on what\n\n{archive.ran(folder)}\n"
 
 
 def run(tables: Sequence[Table], *, minutes: float, seeds: int) -> int:
@@ -80,10 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{left} runs are left" if left else "every run is finished")
     print(progress(tables))
     reports = [table.report() for table in tables]
-    text = "\n\n".join(r.markdown() for r in reports)
-    print(text)
+    print("\n\n".join(r.markdown() for r in reports))
     if "all" in args.tables:
-        (archive.RESULTS / "results.md").write_text(f"{INTRODUCTION}\n{text}\n")
+        (archive.RESULTS / "results.md").write_text(results(reports))
     if args.page is not None:
         args.page.write_text(report.page(progress(tables), reports, archive.RESULTS))
     return 0

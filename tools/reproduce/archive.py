@@ -80,3 +80,17 @@ def load(run: Run, results: Path | None = None) -> Result | None:
         return None
     result = read(file)
     return result if result.about["identity"] == run.cell.identity else None
+
+
+def ran(results: Path | None = None) -> str:
+    """How many runs are committed, their minutes in all, on which machines, with which versions."""
+    files = sorted((results or RESULTS).glob("runs/**/*.jsonl.gz"))
+    about = [read(file).about for file in files]
+    machines = sorted({a["machine"] for a in about})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in a["versions"].items()) for a in about})
+    minutes = sum(a["minutes"] for a in about)
+    size = sum(file.stat().st_size for file in files) / 2**20
+    return (
+        f"{len(files)} runs, {minutes:.0f} minutes in all, beside other work; {size:.1f} MiB of metrics. Machine: "
+        f"{'; '.join(machines) or '-'}. {'; '.join(versions) or '-'}."
+    )

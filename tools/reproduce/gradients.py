@@ -19,7 +19,7 @@ from tools.reproduce.small_model import sample
 from tools.reproduce.tasks import TASK, right
 
 TEMPERATURES = (0.8, 1.2, 2.0)
-SAMPLES, BATCH = 16384, 512
+SAMPLES, BATCH = 8192, 512
 """Responses of pi, and of each pi^T."""
 
 Weight = Callable[[Tensor, Tensor], Tensor]

@@ -87,7 +87,7 @@ OTHERS = ("entropy_reg", "entropy_adv", "aepo", "scope_rl", "clip_cov", "kl_cov"
 def _cells() -> Iterator[Cell]:
     yield small("grpo", "grpo", "grpo")
     for name in REGULARISED:
-        yield small(name, name, name, **HOLDING)
+        yield small(name, f"dcpo, H_0 = {TARGET:g}" if name == "dcpo" else name, name, **HOLDING)
         yield small(f"{name}-paper", f"{name}, the paper's constants", name)
     for name in OTHERS:
         yield small(name, name, name, **OWN_CLIP.get(name, {}))
@@ -103,7 +103,7 @@ def _questions() -> Iterator[Cell]:
     asked: dict[str, dict[str, Any]] = {
         "reference, alpha_max 1": HOLDING | {"alpha_schedule": "reference"},
         "reference, alpha_max 0.3": HOLDING | {"alpha_schedule": "reference", "alpha_max": 0.3},
-        "paper": HOLDING | {"alpha_schedule": "paper"},
+        "the paper's schedule": HOLDING | {"alpha_schedule": "paper"},
         "constant 0.3": HOLDING | {"alpha_schedule": "constant", "alpha_max": 0.3},
         "additive": HOLDING | {"mixing": "additive"},
         "lagged_sampled": HOLDING | {"entropy_source": "lagged_sampled"},

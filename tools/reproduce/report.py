@@ -4,6 +4,7 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -45,23 +46,34 @@ class Report:
     notes: Sequence[str] = ()
     figure: str = ""
     """File name of the picture beside results.md."""
+    missing: Sequence[str] = ()
+    """Labels of the rows that no run has yet."""
+
+    def said(self) -> list[str]:
+        """The claims, those that nothing can be said of in one line."""
+        open_ = [claim.text for claim in self.claims if claim.verdict == "not run yet"]
+        told = [str(claim) for claim in self.claims if claim.verdict != "not run yet"]
+        return [*told, f"**not run yet**: {'; '.join(open_)}."] if open_ else told
+
+    def remarks(self) -> list[str]:
+        return [*self.notes, *([f"Not run yet: {'; '.join(self.missing)}."] if self.missing else [])]
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", "", f"`python -m tools.reproduce {self.name}`", ""]
-        lines += [f"- {claim}" for claim in self.claims]
-        lines += ["", f"![{self.title}]({self.figure})"] if self.figure else []
-        lines += ["", _row(self.header), _row(["---"] * len(self.header)), *map(_row, self.rows)]
-        lines += [line for note in self.notes for line in ("", note)]
+        lines += [f"- {line}" for line in self.said()]
+        lines += ["", f"![{self.title}]({self.figure})"] if self.figure and self.rows else []
+        lines += ["", _row(self.header), _row(["---"] * len(self.header)), *map(_row, self.rows)] if self.rows else []
+        lines += [line for note in self.remarks() for line in ("", note)]
         return "\n".join(lines)
 
     def html(self, folder: Path) -> str:
         """The same; the picture is put inside."""
-        said = "".join(f"<li>{_bold(str(claim))}</li>" for claim in self.claims)
+        said = "".join(f"<li>{_bold(line)}</li>" for line in self.said())
         picture = (folder / self.figure).read_text() if self.figure else ""
         picture = picture[picture.find("<svg") :]
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.remarks())
         title = f"<h2 id={self.name!r}>{html.escape(self.title)}</h2>"
         return f"{title}<ul>{said}</ul>{picture}<table><tr>{head}</tr>{rows}</table>{notes}"
 
@@ -103,19 +115,15 @@ def difference(results: Results, first: str, second: str, measure: Measure) -> I
     return interval([measure(one[s]) - measure(other[s]) for s in seeds]) if seeds else None
 
 
-def rows(
-    results: Results, cells: Mapping[str, str], columns: Mapping[str, Measure], *, digits: int = 3
-) -> list[list[str]]:
-    """One row a cell (name -> label): seeds, then mean and interval of each column."""
-    found = []
+def columns_of(results: Results, cells: Mapping[str, str], columns: Mapping[str, Measure]) -> dict[str, Any]:
+    """header, rows and missing of a Report: a row a cell (name -> label), mean and interval of each column."""
+    rows = []
     for name, label in cells.items():
-        runs = results.get(name, {})
-        if not runs:
-            found.append([label, "0", *["not run yet"] * len(columns)])
-            continue
-        found.append([label, str(len(runs))])
-        found[-1] += [shown(interval([measure(run) for run in runs.values()]), digits) for measure in columns.values()]
-    return found
+        if runs := results.get(name, {}):
+            found = [interval([measure(run) for run in runs.values()]) for measure in columns.values()]
+            rows.append([label, str(len(runs)), *map(shown, found)])
+    missing = [label for name, label in cells.items() if not results.get(name)]
+    return {"header": ["method", "seeds", *columns], "rows": rows, "missing": missing}
 
 
 def shown(value: Interval | None, digits: int = 3) -> str:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dcpo_openrlhf.recipe import processor
 from dcpo_openrlhf.recipe.load import load_recipe
-from tools.reproduce import archive, small_model
+from tools.reproduce import archive
 from tools.reproduce.grid import RECIPES, Run
-from tools.reproduce.tasks import TASK
 from tools.run_folder import metrics, optional
 from tools.smollm2 import default_output, ensure_smollm2
 
@@ -51,6 +50,9 @@ def make_model(name: str) -> dict[str, str]:
     if name == "smollm2":
         ensure_smollm2()
         return {"model.path": str(default_output())}
+    from tools.reproduce import small_model
+    from tools.reproduce.tasks import TASK
+
     folder = small_model.default_output()
     if not small_model.is_made(folder, small_model.Setting(), TASK):
         small_model.make(folder, small_model.Setting())

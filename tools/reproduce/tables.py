@@ -8,7 +8,7 @@ from pathlib import Path
 from tools.reproduce import archive
 from tools.reproduce import statistics as s
 from tools.reproduce.grid import CELLS, LEVELS, OTHERS, SEEDS, TARGET, Run
-from tools.reproduce.report import Claim, Measure, Report, Results, curves, difference, over_seeds, rows, shown
+from tools.reproduce.report import Claim, Measure, Report, Results, columns_of, curves, difference, over_seeds, shown
 
 HOLDS, COLLAPSES = 0.25, 0.5
 """Held: mean |H - H_0| / H_0 of the last half is below the first. Collapsed: H of the last quarter is below the second,
@@ -121,8 +121,7 @@ def figure_1(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "Figure 1: which weight on which samples holds the entropy",
         claims,
-        ["method", "seeds", *ENTROPY, *SCORES],
-        rows(results, table.labels(), ENTROPY | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | SCORES),
         figure="figure_1.svg",
     )
 
@@ -147,8 +146,7 @@ def figure_2(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "Figure 2 and Table 4: entropy follows H_0, and which H_0 is best",
         [Claim("entropy follows H_0 at four levels", follows, because), best],
-        ["method", "seeds", *ENTROPY, *SCORES],
-        rows(results, table.labels(), ENTROPY | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | SCORES),
         figure="figure_2.svg",
     )
 
@@ -164,8 +162,7 @@ def table_2(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "Table 2: the methods by Avg@k",
         claims,
-        ["method", "seeds", *average, "H, last quarter"],
-        rows(results, table.labels(), average | {"H": s.final_entropy}),
+        **columns_of(results, table.labels(), average | {"H, last quarter": s.final_entropy}),
         figure="table_2.svg",
     )
 
@@ -179,10 +176,8 @@ def table_3(table: Table, results: Results, folder: Path) -> Report:
         if not other.startswith("dcpo")
     ]
     note = "Unbiased (Chen et al. 2021) from 128 answers to each of 32 held-out problems, T = 0.6, top-p 0.95."
-    header = ["method", "seeds", *columns]
-    return Report(
-        table.name, "Table 3: the methods by Pass@k", claims, header, rows(results, table.labels(), columns), [note]
-    )
+    found = columns_of(results, table.labels(), columns)
+    return Report(table.name, "Table 3: the methods by Pass@k", claims, **found, notes=[note])
 
 
 def table_5(table: Table, results: Results, folder: Path) -> Report:
@@ -198,8 +193,7 @@ def table_5(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "Table 5: without double importance sampling, without REINFORCE",
         claims,
-        ["method", "seeds", *ENTROPY, *SCORES],
-        rows(results, table.labels(), ENTROPY | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | SCORES),
         figure="table_5.svg",
     )
 
@@ -215,8 +209,7 @@ def questions(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "Open questions: which constants hold the entropy, and why",
         claims,
-        ["method", "seeds", *ENTROPY, *SCORES],
-        rows(results, table.labels(), ENTROPY | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | SCORES),
         notes=[rule_of_thumb([run for name in table.cells for run in results.get(name, {}).values()])],
     )
 
@@ -247,25 +240,18 @@ def precision(table: Table, results: Results, folder: Path) -> Report:
         "overshoot / H_0": lambda run: s.tracking(run).overshoot,
         "settled at step": settled,
     }
-    found = [run for name in LEVELS.values() for run in results.get(name, {}).values()]
+    held_by_pi = [run for name in LEVELS.values() for run in results.get(name, {}).values()]
     claim = Claim("pi keeps H within 10 % of H_0 on every seed (mean over the last half)", "not run yet")
-    if found:
-        errors = [s.tracking(run).mean_error for run in found]
+    if held_by_pi:
+        errors = [distance(run) for run in held_by_pi]
         inside = sum(error <= s.BAND for error in errors)
         verdict: s.Verdict = "reproduced" if inside == len(errors) else "not reproduced"
         claim = Claim(claim.text, verdict, f"{inside} of {len(errors)} runs, the farthest at {max(errors):.0%}")
     note = (
         f"Settled: the step from which H stays within {s.BAND:.0%} of H_0; one more than the steps where it does not."
     )
-    header = ["controller", "seeds", *columns]
-    return Report(
-        table.name,
-        "Precision: how close to H_0",
-        [claim],
-        header,
-        rows(results, table.labels(), columns),
-        [note],
-    )
+    found = columns_of(results, table.labels(), columns)
+    return Report(table.name, "Precision: how close to H_0", [claim], **found, notes=[note])
 
 
 def theorem(table: Table, results: Results, folder: Path) -> Report:
@@ -305,8 +291,7 @@ def headline(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "SmolLM2-135M-Instruct: the demo's comparison over seeds",
         [entropy_claim(results, "dcpo-demo", "holds"), entropy_claim(results, "grpo-demo", "collapses")],
-        ["method", "seeds", *ENTROPY, *SCORES],
-        rows(results, table.labels(), ENTROPY | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | SCORES),
         figure="smollm2.svg",
     )
 
