@@ -158,7 +158,7 @@ def curves(
                 for target in targets:
                     axis.axhline(target, color="#555555", linestyle=":", linewidth=1.2)
             axis.set(xlabel="step", ylabel=label, ylim=(0, None))
-        if axes[0][0].lines:
+        if axes[0][0].get_legend_handles_labels()[0]:
             axes[0][0].legend(fontsize=8)
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, metadata={"Date": None})

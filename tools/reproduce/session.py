@@ -1,7 +1,7 @@
 """Runs one after another in one Ray with one start of the engines: a run then costs its policy's start and its steps.
 
 What a run reads of engines that served another one is its own: weights come at its first sync, which also empties the
-prefix cache, and every request carries its seed. `tools.compare_runs` of a run alone and one in a session says equal.
+prefix cache, and every request carries its seed.
 """
 
 import contextlib
