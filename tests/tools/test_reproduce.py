@@ -239,7 +239,10 @@ def test_scores_of_a_run() -> None:
 def put(folder: Path, cell: str, seed: int, found: Result, **about: Any) -> None:
     run = Run(CELLS[cell], seed)
     whole = Result(
-        {"identity": run.cell.identity, "keys": run.cell.keys, **about}, found.steps, found.evaluations, found.counts
+        {"identity": run.cell.identity, "keys": run.cell.keys, "run": run.name, **about},
+        found.steps,
+        found.evaluations,
+        found.counts,
     )
     archive.write(archive.file_of(run, folder), whole)
 
