@@ -263,9 +263,7 @@ def join_ray(recipe: Recipe, stack: contextlib.ExitStack) -> None:
     preflight.check_cluster(recipe, gpus=resources.get("GPU", 0), cpus=resources.get("CPU", 0))
 
 
-def _start_actors(
-    recipe: Recipe, strategy: Any, stack: contextlib.ExitStack, serving: Any = None
-) -> tuple[Any, Any]:
+def _start_actors(recipe: Recipe, strategy: Any, stack: contextlib.ExitStack, serving: Any = None) -> tuple[Any, Any]:
     """Rollout engines (none for a replay) and policy ranks (None where nothing is trained), started side by side.
 
     Both are ended when the stack unwinds; engines that serve already are taken as they are, and stay.
@@ -289,7 +287,7 @@ def _start_actors(
             stack.callback(remove_placement_group, devices)
         bundles = rank_bundles(devices, p, bound, on_gpus=recipe.run.device == "cuda")
     shared = devices if p.colocate else None
-    engines = serving
+    engines: Any = serving
     if serving is None:
         engines = create_engines(recipe, shared) if recipe.generates else []
         stack.callback(shutdown_engines, engines, recipe.run.shutdown_timeout)

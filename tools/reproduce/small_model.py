@@ -69,7 +69,7 @@ def default_output() -> Path:
     return Path(cache) / "dcpo_openrlhf" / "reproduce-small"
 
 
-def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+def make_tokenizer(task: Task) -> Any:
     """Words between spaces are tokens: the task's vocabulary, a pad token, an end token."""
     vocabulary = {word: i for i, word in enumerate([PAD, END, *task.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
@@ -80,7 +80,7 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(setting: Setting, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(setting: Setting, tokenizer: Any) -> Qwen2ForCausalLM:
     torch.manual_seed(setting.seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -145,7 +145,7 @@ def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str,
 
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, new_tokens: int, temperature: float = 1.0
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, mask, entropy) [rows, time] of one response to each prompt at T; the end token counts, what follows not.
 
@@ -172,7 +172,7 @@ def sample(
     return tokens, (ended.cumsum(1) - ended) == 0, entropy
 
 
-def measure(model: Any, tokenizer: PreTrainedTokenizerFast, task: Task, problems: Sequence[str]) -> dict[str, float]:
+def measure(model: Any, tokenizer: Any, task: Task, problems: Sequence[str]) -> dict[str, float]:
     """Accuracy, entropy [nats/token] and length of samples at T = 1, one a problem."""
     tokens, mask, entropy = sample(model, tokenizer, problems, new_tokens=task.new_tokens)
     count = 0
@@ -187,7 +187,7 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerFast, task: Task, problems
     }
 
 
-def teach(model: Any, tokenizer: PreTrainedTokenizerFast, task: Task, setting: Setting) -> dict[str, float]:
+def teach(model: Any, tokenizer: Any, task: Task, setting: Setting) -> dict[str, float]:
     """Supervised updates on random right answers, until samples are right often enough; the last measurement."""
     train, heldout = split(task)
     rng, begin, found = random.Random(setting.seed), time.monotonic(), {}

@@ -144,7 +144,9 @@ def figure_2(table: Table, results: Results, folder: Path) -> Report:
         if top in (names[0], names[-1]):
             best = Claim(text, "undecided", f"{CELLS[top].label}, an end of the range, is best: {shown(measured[top])}")
         else:
-            against = [larger(results, top, end, s.accuracy, "").verdict for end in (names[0], names[-1])]
+            against: list[s.Verdict] = [
+                larger(results, top, end, s.accuracy, "").verdict for end in (names[0], names[-1])
+            ]
             best = Claim(text, s.all_of(against), f"{CELLS[top].label} is best: {shown(measured[top])}")
     because = ", ".join(f"{CELLS[n].label}: {shown(over_seeds(results, n, s.final_entropy), 2)}" for n in names)
     return Report(
