@@ -202,7 +202,7 @@ if __name__ == "__main__":
 def again(finished: Run, model: Path) -> Run:
     """The same run once more with its first step profiled, ended by a signal after it."""
     again = Run(finished.folder.with_name("again"), model, *TERMS, "train.steps=50", "run.profile=[1]")
-    again.wait_for("step 1/50")
+    again.wait_for("step 2/50")  # the traces of step 1 are written after its line
     again.process.send_signal(signal.SIGTERM)
     assert again.wait(ENDS_S) == 128 + signal.SIGTERM, again.log.read_text()[-3000:]
     ends = time.monotonic() + ENDS_S
