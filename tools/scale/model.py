@@ -75,6 +75,8 @@ class Case(NamedTuple):
     sizes: Sizes
     device: Device
     constants: Constants
+    senders: int = 0
+    """Of another system's sharded weight sync; 0: as many as the recipe makes."""
 
     @property
     def lengths(self) -> Lengths:
@@ -248,11 +250,6 @@ def weight_bytes(case: Case) -> float:
     return case.sizes.parameters * BYTES[case.recipe.engine_dtype]
 
 
-def senders(case: Case) -> int:
-    """One for each pipeline stage and group of expert ranks."""
-    return case.recipe.parallel.pipeline * case.recipe.parallel.expert
-
-
 def sync_seconds(case: Case, count: int, sender_gb_per_s: float | None = None) -> float:
     """Of `count` senders, each of which broadcasts its share to every engine device; colocated: what that takes."""
     c, d = case.constants, case.device
@@ -295,7 +292,7 @@ class Result(NamedTuple):
     one: Parts
     """With one sender."""
     sharded: Parts
-    """With `senders`."""
+    """With as many senders as the case has."""
     decoded: Decoded
     trained: Trained
 
@@ -322,7 +319,7 @@ def simulate(case: Case, *, devices: int | None = None, ahead: bool = False) -> 
     made, trained = rollout(case), training(case)
     one, sharded = (
         Parts(made.seconds, driver_seconds(case), trained.token_stats, trained.train, sync_seconds(case, count))
-        for count in (1, senders(case))
+        for count in (1, case.senders or case.recipe.senders)
     )
     return Result(case, devices or case.devices, ahead, one, sharded, made, trained)
 

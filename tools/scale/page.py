@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dcpo_openrlhf.recipe.families import Sizes
 from dcpo_openrlhf.recipe.load import load_recipe
-from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
+from dcpo_openrlhf.recipe.schema import MAX_SENDERS, Recipe, RecipeError
 from tools.scale import model, published
 from tools.scale.constants import CONSTANTS, DATA, DEVICES, LIMITS
 from tools.scale.model import Case, DoesNotFit, Result
@@ -168,7 +168,7 @@ def page(sizes: Sequence[int], device: str) -> Iterator[str]:
     yield CHECKED.format(count=len(errors), middle=middle, worst=worst, where=where, within=within, steps=len(totals))
     yield from published.steps_table()
     rates = [getattr(CONSTANTS, entry["at"]) for entry in DATA["syncs"]]
-    yield SYNCED.format(factor=max(rates) / min(rates))
+    yield SYNCED.format(factor=max(rates) / min(rates), most=MAX_SENDERS)
     yield from published.syncs_table()
     yield "\nSources:\n"
     yield from (f"- {name}: {text}" for name, text in DATA["sources"].items())
@@ -250,8 +250,9 @@ SYNCED = """
 
 Seconds. One sender's rate is a property of how it gathers, names and packs: the published ones differ by a factor of
 {factor:.0f}. That of our nccl transport is not known, so the tables below give the slow one, which counts in the step,
-and a fast one. Sharded is a sender for each pipeline stage and group of expert ranks (`parallel.pipeline * expert`);
-every engine device still takes all weights, and that is what bounds it.
+and a fast one. Sharded is as many senders as the recipe makes (`weight_sync.senders: auto`): one for each share of a
+pipeline stage's expert ranks, {most} in all at most where there are no more stages. Published systems are given one for
+each stage and group of expert ranks. Every engine device still takes all weights, and that is what bounds it.
 """
 SIMULATED = """
 ## Recipes on {device}

@@ -62,7 +62,9 @@ def published_case(entry: Mapping[str, Any]) -> Case:
     name = entry["name"].split()[0]
     hf = DATA["models"].get(name) or json.loads((CONFIGS / f"{name}.json").read_text())
     theirs = dataclasses.replace(CONSTANTS, driver_response_seconds=0.0, driver_token_seconds=0.0)  # no driver of ours
-    return Case(Recipe.model_validate(base | entry["recipe"]), Sizes.of(hf), DEVICES[entry["device"]], theirs)
+    recipe = Recipe.model_validate(base | entry["recipe"])
+    shares = recipe.parallel.pipeline * recipe.parallel.expert  # a sender each
+    return Case(recipe, Sizes.of(hf), DEVICES[entry["device"]], theirs, senders=shares)
 
 
 def steps_table() -> Iterator[str]:
