@@ -95,8 +95,8 @@ def draw_step(draw: Callable[[int, int], list[Group]], *, prompts: int, group_fi
     dropped = sorted(set(range(len(drawn))) - set(kept))
     missing = max(prompts - len(kept), 0)
     fillers = [(2 * i + 1) * prompts // (2 * missing) for i in range(missing)]  # evenly, so that updates share them
-    kept_first, dropped_first = iter(kept), iter(dropped)
-    order = [next(dropped_first if place in set(fillers) else kept_first) for place in range(prompts)]
+    kept_first, dropped_first, filled = iter(kept), iter(dropped), set(fillers)
+    order = [next(dropped_first if place in filled else kept_first) for place in range(prompts)]
     rest = [*kept_first, *dropped_first]
     metrics = {
         "filter/drawn": len(drawn),

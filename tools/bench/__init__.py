@@ -1,7 +1,8 @@
-"""Benchmarks: `python -m tools.bench.NAME` prints a table. Here: how time and memory are measured."""
+"""Benchmarks: `python -m tools.bench.NAME` prints a page. Here: how time and memory are measured."""
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,6 +41,14 @@ def peak_extra_bytes(path: Callable[[], object], *, device: str) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def publish(page: str, output: Path | None) -> None:
+    """Print the page, and write it to the file too where one is named."""
+    print(page, end="")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page)
 
 
 def _synchronize(device: str) -> None:

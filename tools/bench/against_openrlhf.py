@@ -31,6 +31,7 @@ from dcpo_openrlhf.local_ray import descendants, end_descendants, orphans_adopte
 from dcpo_openrlhf.recipe import processor
 from tools.bench.sides import COMMANDS, OPENRLHF, OURS, Setting, environment, write_prompts
 from tools.demo import signals_as_exit
+from tools.machine import processor_name
 from tools.smollm2 import ensure_smollm2
 
 PHASES = {
@@ -233,11 +234,6 @@ def page(parts: Sequence[str], command: str) -> str:
         "its own; OpenRLHF's objective is GRPO's."
     )
     return "\n\n".join(["# A step beside stock OpenRLHF's", intro, *parts, EXPLANATION])
-
-
-def processor_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from dcpo_openrlhf.recipe import processor
+from tools.bench import publish
 from tools.demo import CLUSTER_ENV, ROOT
 from tools.smollm2 import ensure_smollm2
 
@@ -128,9 +129,7 @@ def main() -> None:
     responses = f"{rows[-1]['rollout/length_mean']:.1f} tokens a response"
     settings = {"steps": options.steps, "rounds": options.rounds, "responses": responses, "load": load}
     text = page(apart, beside, command=command, **settings) + "\n"
-    print(text, end="")
-    if options.output:
-        options.output.write_text(text)
+    publish(text, options.output)
 
 
 if __name__ == "__main__":

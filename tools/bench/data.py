@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tools.bench import publish
 from tools.smollm2 import ensure_smollm2
 
 TEXT = """A train leaves the station at noon, another follows it two hours later at twice the speed: find how many
@@ -167,10 +168,7 @@ def main() -> None:
         "time; the others are seen to fit by their bytes, and written and counted when a step takes them. To do so "
         f"with each at the start would add {any_form['every']:.0f} s (JSONL, measured on {SCALED:,} prompts, scaled).",
     ]
-    print("\n".join(lines))
-    if o.output:
-        o.output.parent.mkdir(parents=True, exist_ok=True)
-        o.output.write_text("\n".join(lines) + "\n")
+    publish("\n".join(lines) + "\n", o.output)
 
 
 if __name__ == "__main__":

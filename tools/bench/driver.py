@@ -10,7 +10,6 @@ python -m tools.bench.driver --output docs/bench/driver.md
 
 import argparse
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +40,8 @@ from dcpo_openrlhf.rollout.engine import Response, response
 from dcpo_openrlhf.rollout.generator import DCPOSamplesGenerator
 from dcpo_openrlhf.rollout.healing import EnginePool
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
+from tools.bench import publish
+from tools.machine import processor_name
 
 VOCABULARY, PROMPT_TOKENS, LOOK_S = 150_000, 128, 0.2
 
@@ -291,14 +292,6 @@ def table(o: argparse.Namespace, found: dict[int, tuple[dict[str, list[float]], 
     yield "| peak memory of all processes [GiB] | " + " | ".join(f"{peak:.1f} |" for _, peak in found.values()) + " |"
 
 
-def processor_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, nargs="+", default=[1024, 4096])
@@ -345,10 +338,7 @@ def main() -> None:
         f"Of the memory {idle:.1f} GiB are there before the first step: interpreters and libraries. What comes before, "
         f"in the engine: {conversion * 1e3:.2f} ms of CPU to turn vLLM's lists of a response into arrays.",
     ]
-    print("\n".join(lines))
-    if o.output:
-        o.output.parent.mkdir(parents=True, exist_ok=True)
-        o.output.write_text("\n".join(lines) + "\n")
+    publish("\n".join(lines) + "\n", o.output)
 
 
 if __name__ == "__main__":

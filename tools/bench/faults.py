@@ -27,6 +27,7 @@ import psutil
 
 from dcpo_openrlhf.local_ray import adopt_orphans, descendants
 from dcpo_openrlhf.recipe.load import load_recipe
+from tools.bench import publish
 from tools.demo import ROOT
 
 STEP, STEPS = 2, 3
@@ -247,9 +248,7 @@ def main() -> int:
             )
     command = f"python -m tools.bench.faults {shlex.join(sys.argv[1:])}".strip()
     text = "\n".join(["# What faults cost", "", f"`{command}`, {os.cpu_count()} cores.", "", *table(outcomes, whole)])
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(text + "\n", options.output)
     return 0
 
 

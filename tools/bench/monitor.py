@@ -25,6 +25,7 @@ from dcpo_openrlhf.policy.token_stats import token_stats
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.reward.pool import Grade
 from dcpo_openrlhf.rollout.tasks import Problem, Prompt
+from tools.bench import publish
 
 A800_PEAK = 312e12
 """bf16, dense [flop/s]; NVIDIA's data sheet (the A100's)."""
@@ -127,10 +128,7 @@ def main() -> None:
         f"({FLOPS_A_PARAMETER_AND_TOKEN} flop a parameter and token; arithmetic, not measured) "
         f"| {least:.0f} | {ours / least:.2%} |",
     ]
-    print("\n".join(lines))
-    if o.output:
-        o.output.parent.mkdir(parents=True, exist_ok=True)
-        o.output.write_text("\n".join(lines) + "\n")
+    publish("\n".join(lines) + "\n", o.output)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from tools.bench import publish
+from tools.machine import processor_name
+
 RECIPE = "recipes/dcpo-smollm2-135m-cpu.yaml"
 OURS, OFFLINE, TOKENS_ALONE = "ours", "offline", "tokens alone"
 TITLES = {
@@ -219,7 +222,6 @@ def same(tokens: Tokens, others: Tokens) -> float:
 
 
 def page(results: dict[Workload, Result], command: str, load: tuple[float, float]) -> str:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     beside = ": other work ran beside it" if load[0] > 0.5 else ""
     columns = [f"{w.prompts} prompts x {w.group_size}, at most {w.new_tokens} tokens" for w in results]
@@ -232,7 +234,7 @@ def page(results: dict[Workload, Result], command: str, load: tuple[float, float
         "# A rollout on CPU: our whole path beside vLLM's own offline generation",
         "",
         f"`{command}`: SmolLM2-135M-Instruct, one engine, medians. {os.cpu_count()} cores "
-        f"({cpu.partition(':')[2].strip()}), Python {platform.python_version()}, {versions}; load average before the "
+        f"({processor_name()}), Python {platform.python_version()}, {versions}; load average before the "
         f"start {load[0]:.1f}, at the end {load[1]:.1f}{beside}. `tools/bench/rollout.py` says what the sides are.",
         "",
         row("generated tokens a second", columns),
@@ -267,9 +269,7 @@ def main() -> None:
     results = {workload: measure(workload, model, options.repeats) for workload in workloads}
     command = f"python -m tools.bench.rollout --repeats {options.repeats} --workloads {' '.join(options.workloads)}"
     text = page(results, command, (before, os.getloadavg()[0]))
-    print(text, end="")
-    if options.output:
-        options.output.write_text(text)
+    publish(text, options.output)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import psutil
 
 from dcpo_openrlhf.local_ray import adopt_orphans
 from dcpo_openrlhf.recipe import processor
+from tools.bench import publish
 from tools.demo import ROOT
 from tools.smollm2 import ensure_smollm2
 
@@ -132,9 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     ensure_smollm2()
     text = page(*start_once(options.overrides), f"python -m tools.bench.startup {' '.join(options.overrides)}".strip())
-    print(text, end="")
-    if options.output:
-        options.output.write_text(text)
+    publish(text, options.output)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from dcpo_openrlhf.weight_sync.worker import WorkerExtension
+from tools.bench import publish
+from tools.machine import processor_name
 
 OURS = ("shared_memory", "gloo")
 ONE_BY_ONE = "one_by_one"
@@ -326,7 +328,6 @@ def medians(turns: Sequence[dict[str, Times]]) -> dict[str, Times]:
 
 
 def page(results: dict[str, Result], command: str, load: float) -> str:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     sizes = next(iter(results.values())).sizes
     columns = " | ".join(f"{d}, {sum(r.sizes) / 1e6:.0f} MB" for d, r in results.items())
@@ -334,7 +335,7 @@ def page(results: dict[str, Result], command: str, load: float) -> str:
         "# A weight sync on CPU: its seconds by part, beside OpenRLHF's way and a plain copy",
         "",
         f"`{command}`: SmolLM2-135M-Instruct, {len(sizes)} tensors, from the Megatron policy's actor to one vLLM "
-        f"engine, medians. {os.cpu_count()} cores ({cpu.partition(':')[2].strip()}), Python "
+        f"engine, medians. {os.cpu_count()} cores ({processor_name()}), Python "
         f"{platform.python_version()}, {versions}; load average before the start {load:.1f}.",
         "",
         f"| seconds of a sync | {columns} |",
@@ -382,9 +383,7 @@ def main() -> None:
     results = {dtype: measure(model, dtype, options.ways, options.repeats) for dtype in options.dtypes}
     command = f"python -m tools.bench.weight_sync --repeats {options.repeats}"
     text = page(results, command, load)
-    print(text, end="")
-    if options.output:
-        options.output.write_text(text)
+    publish(text, options.output)
 
 
 if __name__ == "__main__":

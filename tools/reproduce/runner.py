@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpo_openrlhf.recipe import processor
 from dcpo_openrlhf.recipe.load import load_recipe
+from tools.machine import processor_name
 from tools.reproduce import archive
 from tools.reproduce.grid import RECIPES, Run
 from tools.run_folder import metrics, optional
@@ -102,10 +102,8 @@ def collected(run: Run, folder: Path, *, minutes: float) -> archive.Result:
 
 def machine() -> str:
     """Processor, cores, and whether it multiplies bf16."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     units = "bf16 units" if processor.multiplies_bf16() else "no bf16 units"
-    return f"{os.cpu_count()} cores {name}, {units}"
+    return f"{os.cpu_count()} cores {processor_name()}, {units}"
 
 
 def make_all(runs: Sequence[Run], *, minutes: float, say: Callable[[str], None] = print) -> int:

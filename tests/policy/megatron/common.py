@@ -1,5 +1,6 @@
 """What the Megatron tests share: a policy on this rank, and rows of random tokens."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from dcpo_openrlhf.policy.megatron.step import PolicyStep
 from dcpo_openrlhf.policy.rows import Rows
 from dcpo_openrlhf.recipe.schema import KL, Loss, Model, Optimizer, Parallel, Train
 from tests.distributed import renew_process_group
+from tests.tiny import make_tiny_model
+
+
+def make_models(folder: Path, kinds: Sequence[tuple[str, bool]]) -> dict[tuple[str, bool], Path]:
+    """A tiny model of each (architecture, are embeddings tied), deep enough for every mesh."""
+    return {
+        (a, tie): make_tiny_model(folder / f"{a}-{tie}", architecture=a, layers=4, hidden=64, kv_heads=4, tie=tie)
+        for a, tie in kinds
+    }
 
 
 def make_policy(

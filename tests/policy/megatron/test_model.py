@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dcpo_openrlhf.policy.megatron.model import hf_shapes, hf_tensors
 from tests.distributed import run_distributed
-from tests.policy.megatron.common import make_policy, make_step, random_rows
+from tests.policy.megatron.common import make_models, make_policy, make_step, random_rows
 from tests.tiny import ARCHITECTURE_FIELDS, MIXTURES, make_tiny_model
 
 MODELS = [(architecture, tie) for architecture in ARCHITECTURE_FIELDS for tie in (True, False)]
@@ -48,11 +48,7 @@ def fits(architecture: str, mesh: str) -> bool:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        (a, tie): make_tiny_model(folder / f"{a}-{tie}", architecture=a, layers=4, hidden=64, kv_heads=4, tie=tie)
-        for a, tie in MODELS
-    }
+    return make_models(tmp_path_factory.mktemp("models"), MODELS)
 
 
 def _come_back(

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from dcpo_openrlhf.policy.megatron.model import hf_shapes
 from dcpo_openrlhf.policy.megatron.senders import sent_shapes, sent_tensors
 from tests.distributed import run_distributed
-from tests.policy.megatron.common import make_policy
+from tests.policy.megatron.common import make_models, make_policy
 from tests.policy.megatron.test_model import MESHES
-from tests.tiny import MIXTURES, make_tiny_model
+from tests.tiny import MIXTURES
 
 MODELS = [("llama", True), ("qwen2", False), ("qwen3_moe", True), ("glm4_moe", False)]
 WAYS: dict[str, tuple[str, int]] = {
@@ -42,11 +42,7 @@ FITS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        (a, tie): make_tiny_model(folder / f"{a}-{tie}", architecture=a, layers=4, hidden=64, kv_heads=4, tie=tie)
-        for a, tie in MODELS
-    }
+    return make_models(tmp_path_factory.mktemp("models"), MODELS)
 
 
 def _share(rank: int, world_size: int, models: dict[Any, Path], ways: list[str]) -> dict[Any, Any]:
