@@ -331,14 +331,8 @@ class DCPOTrainer(BasePPOTrainer):
         e = self.recipe.evaluation
         if not self.heldout:
             return None
-        samples = self._generate(
-            self.heldout,
-            step=EVALUATION_STEP + global_step,
-            n_samples=e.samples,
-            temperature=e.temperature,
-            top_p=e.top_p,
-        )
-        grades = self._grade(samples, self.heldout, global_step)[1]
+        sampling = {"n_samples": e.samples, "temperature": e.temperature, "top_p": e.top_p}
+        grades = self.heldout_grades(self.heldout, step=global_step, **sampling)
         accuracy, reward = (
             sum(values) / len(grades) for values in ([g.success for g in grades], [g.reward for g in grades])
         )
@@ -353,6 +347,11 @@ class DCPOTrainer(BasePPOTrainer):
             means = {"heldout_accuracy": accuracy, "heldout_reward": reward}
             file.write(json.dumps({"step": global_step, **means, "responses": len(grades)}) + "\n")
         return accuracy
+
+    def heldout_grades(self, prompts: Sequence[tasks.Prompt], *, step: int, **sampling: Any) -> list[Grade]:
+        """What responses of the engines' weights to these prompts earn; `step` makes their seeds."""
+        samples = self._generate(prompts, step=EVALUATION_STEP + step, **sampling)
+        return self._grade(samples, prompts, step)[1]
 
     @phase("export")
     def export(self) -> Path | None:

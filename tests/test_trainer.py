@@ -73,7 +73,7 @@ def test_what_a_reward_function_failed_on_is_told_and_the_run_goes_on(tmp_path: 
 def test_an_evaluation_counts_successes_and_names_the_mean_reward_apart(tmp_path: Path) -> None:
     grades = [Grade(-1.5, "7", success=1.0), Grade(0.5, "8", success=0.0)]
     fake = trainer(make_recipe(run={"dir": str(tmp_path)}))
-    fake.heldout, fake._generate, fake._grade = [object()], lambda *_, **__: [], lambda *_: ([], grades)
+    fake.heldout, fake.heldout_grades = [object()], lambda *_, **__: grades
     assert DCPOTrainer.evaluate(fake, 4) == 0.5
     row = json.loads((tmp_path / "evaluation.jsonl").read_text())
     assert row == {"step": 4, "heldout_accuracy": 0.5, "heldout_reward": -0.5, "responses": 2}

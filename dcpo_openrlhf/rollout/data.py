@@ -68,7 +68,8 @@ def read(
     within its file: where several are read, the file's name goes before it. Raises TaskError with file and line for a
     row whose problem or answer is missing, empty, or has no one reading as text, or whose id the file has before.
     """
-    homes = [(file, names) for path, names in entries for file in files_of(path)]
+    found = [(files_of(path), names) for path, names in entries]
+    homes = [(file, names) for files, names in found for file in files]
     labels = names_of([file for file, _ in homes])
     parts = [
         _Part(rows_of(file), label, names, f"{label}:" if len(homes) > 1 else "")
@@ -87,7 +88,7 @@ def read(
             if look is not None:
                 look(problem, part.rows.place(i))
     lengths = iter(len(part.rows) for part in parts)
-    problems = Problems(parts, ids, [sum(next(lengths) for _ in files_of(path)) for path, _ in entries])
+    problems = Problems(parts, ids, [sum(next(lengths) for _ in files) for files, _ in found])
     if len(set(ids)) < len(ids):
         raise TaskError(_twice(problems))
     return problems

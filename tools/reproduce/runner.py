@@ -75,12 +75,8 @@ def make(run: Run, session: "Session") -> archive.Result:
 
 def count_right(trainer: "DCPOTrainer", file: Path) -> None:
     """Right answers of each of the first held-out problems among SAMPLES, by the engines' last weights."""
-    from dcpo_openrlhf.rollout.replay import EVALUATION_STEP
-
-    prompts = trainer.heldout[:PROBLEMS]
-    step = EVALUATION_STEP + trainer.recipe.train.steps + 1
     how: dict[str, Any] = {"n_samples": SAMPLES, "temperature": TEMPERATURE, "top_p": TOP_P}
-    _, grades = trainer._grade(trainer._generate(prompts, step=step, **how), prompts, step)
+    grades = trainer.heldout_grades(trainer.heldout[:PROBLEMS], step=trainer.recipe.train.steps + 1, **how)
     right = [int(sum(g.success for g in grades[i : i + SAMPLES])) for i in range(0, len(grades), SAMPLES)]
     file.write_text(json.dumps({"samples": SAMPLES, "temperature": TEMPERATURE, "top_p": TOP_P, "right": right}))
 

@@ -87,13 +87,13 @@ def _seeds(count: int) -> str:
     return "seed" if count == 1 else "seeds"
 
 
-def entropy_claim(results: Results, cell: str, does: str, *, suffix: str = "") -> Claim:
+def entropy_claim(results: Results, cell: str, does: str) -> Claim:
     """`cell` holds or collapses."""
     verdict = held(results, cell) if does == "holds" else collapsed(results, cell)
     what = over_seeds(results, cell, relative_entropy)
     label = CELLS[cell].label
     because = "" if what is None else f"H ends at {shown(what, 2)} of H_0, {what.seeds} {_seeds(what.seeds)}"
-    return Claim(f"{label} {does}{suffix}", verdict, because)
+    return Claim(f"{label} {does}", verdict, because)
 
 
 ENTROPY: dict[str, Measure] = {
