@@ -199,6 +199,7 @@ def timed_policy() -> Any:
             recipe = self.strategy.recipe
             chosen = recipe.weight_sync.model_copy(update={"transport": way})
             self.strategy.recipe = recipe.model_copy(update={"weight_sync": chosen})
+            self.weight_sync = None  # or the other way's connection would end
             self.connect([engine])
             self._ways[way] = self.weight_sync
 
