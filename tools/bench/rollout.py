@@ -148,13 +148,13 @@ class Ours:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.requests = trainer, []
         self._prompts, pool = trainer.prompts.state_dict(), trainer.vllm_engines
-        generate = pool.generate
+        begin = pool.begin
 
         def noted(requests: Sequence[dict[str, Any]], **how: Any) -> Any:
             self.requests = list(requests)
-            return generate(requests, **how)
+            return begin(requests, **how)
 
-        pool.generate = noted
+        pool.begin = noted
 
     def rollout(self) -> tuple[float, Tokens, dict[str, float]]:
         """Seconds, the responses' tokens, and the seconds of each part."""
