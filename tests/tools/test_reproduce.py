@@ -316,8 +316,12 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(runner, "make", make)
     assert runner.make_all(runs, minutes=0.0, say=lambda _: None) == 3 and made == []
+    with runner.claim(runs[2]) as mine, runner.claim(runs[2]) as again:
+        assert mine and not again
+        assert runner.make_all(runs, minutes=1.0, say=lambda _: None) == 1, "another command makes it"
+    assert made == ["small/dcpo/seed1", "small/dcpo/seed2"]
     assert runner.make_all(runs, minutes=1.0, say=lambda _: None) == 0
-    assert made == ["small/dcpo/seed1", "small/grpo/seed2", "small/dcpo/seed2"]
+    assert made == ["small/dcpo/seed1", "small/dcpo/seed2", "small/grpo/seed2"]
     assert "figure_2" in command.progress([tables.TABLES["figure_2"]])
 
 

@@ -1,10 +1,12 @@
 """Making runs: which are finished, broken or not begun; one after another in a session; their numbers archived."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,21 +104,40 @@ def machine() -> str:
     return f"{os.cpu_count()} cores {processor_name()}, {units}"
 
 
+@contextmanager
+def claim(run: Run) -> Iterator[bool]:
+    """Whether the run is this process's to make: several commands on one machine may share the grid's runs."""
+    folder = folder_of(run)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def make_all(runs: Sequence[Run], *, minutes: float, say: Callable[[str], None] = print) -> int:
-    """Make the runs that are not finished; none is begun after `minutes`. How many are left."""
+    """Make what is not finished, none begun after `minutes`; how many are left, with those that others make."""
     left = [run for run in in_order(runs) if state(run) != "finished"]
     begin, count = time.monotonic(), len(left)
     if not left:
         return 0
     from tools.reproduce.session import session
 
+    elsewhere = 0
     with session() as shared:
         while left and time.monotonic() - begin < 60 * minutes:
             run = left.pop(0)
-            say(f"[{count - len(left)}/{count}] {run.name} ({state(run)})")
-            result = make(run, shared)
-            say(f"    {len(result.steps)} steps, {result.about['minutes']:.1f} min")
-    return len(left)
+            with claim(run) as mine:
+                elsewhere += not mine
+                if not mine or state(run) == "finished":
+                    continue
+                say(f"[{count - len(left)}/{count}] {run.name} ({state(run)})")
+                result = make(run, shared)
+                say(f"    {len(result.steps)} steps, {result.about['minutes']:.1f} min")
+    return len(left) + elsewhere
 
 
 def make_gradients() -> None:
