@@ -316,7 +316,7 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(runner, "make", make)
     assert runner.make_all(runs, minutes=0.0, say=lambda _: None) == 3 and made == []
-    with runner.claim(runs[2]) as mine, runner.claim(runs[2]) as again:
+    with runner.claim(runs[1]) as mine, runner.claim(runs[1]) as again:
         assert mine and not again
         assert runner.make_all(runs, minutes=1.0, say=lambda _: None) == 1, "another command makes it"
     assert made == ["small/dcpo/seed1", "small/dcpo/seed2"]

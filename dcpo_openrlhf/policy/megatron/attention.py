@@ -1,5 +1,6 @@
 """Attention over packed sequences, which may share their prompts: for local layers, and for Transformer Engine's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 
 from dcpo_openrlhf.policy.megatron import fused
 from dcpo_openrlhf.policy.packing import Packed, context_share
@@ -100,21 +102,11 @@ class PackedAttention(torch.nn.Module):
         bounds = packed_seq_params.cu_seqlens_q
         if self.context_group.size() > 1:
             return self._across_ranks(query, key, value, bounds)
-        lengths = bounds.diff()
-        longest = int(lengths.max())
-        if query.device.type == "cpu" and longest <= SHORT_ATTENTION:
-            return self._short(query, key, value, tuple((n,) for n in lengths.tolist()))
-        if len(lengths) * longest**2 > PADDING_BOUND * int((lengths.long() ** 2).sum()):
-            parts = lengths.tolist()
-            segments = zip(query.split(parts), key.split(parts), value.split(parts), strict=True)
-            return torch.cat([self._attend(*(t[None] for t in qkv)).squeeze(0) for qkv in segments]).flatten(1)
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-        column = torch.arange(len(query), device=query.device) - bounds[:-1].long()[row]
-        # on the right of a row, padding is never seen by a causal query of that row
-        padded = (
-            t.new_zeros(len(lengths), longest, *t.shape[1:]).index_put((row, column), t) for t in (query, key, value)
-        )
-        return self._attend(*padded)[row, column].flatten(1)
+        lengths: list[int] = bounds.diff().tolist()
+        if query.device.type == "cpu" and max(lengths) <= SHORT_ATTENTION:
+            return self._short(query, key, value, tuple((n,) for n in lengths))
+        rows = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+        return torch.cat(self._causal(list(rows))).flatten(1)
 
     def _short(
         self, query: Tensor, key: Tensor, value: Tensor, groups: tuple[tuple[int, ...], ...]
@@ -129,20 +121,40 @@ class PackedAttention(torch.nn.Module):
         value: Float[Tensor, "tokens kv_heads dim"],
         segments: Segments,
     ) -> Float[Tensor, "tokens width"]:
-        """Each prompt over itself, each response over its prompt and itself."""
-        parts = zip(*(t[None].split(segments.lengths, 1) for t in (query, key, value)), strict=True)
-        out = []
-        for prompt, *responses in segments.groups:
-            q, k, v = next(parts)
-            out.append(self._attend(q, k, v))
-            for response in responses:
-                own_q, own_k, own_v = next(parts)
-                keys, values = torch.cat([k, own_k], 1), torch.cat([v, own_v], 1)
-                if response < prompt:
-                    out.append(self._attend(own_q, keys, values))
-                else:  # a square is causal without a mask, in which nothing is skipped on cpu
-                    out.append(self._attend(torch.cat([q, own_q], 1), keys, values)[:, prompt:])
-        return torch.cat(out, 1).squeeze(0).flatten(1)
+        """Each prompt over itself, each response over its prompt and itself.
+
+        A response that is no shorter than its prompt stands behind it in a row of its own: a square is causal without a
+        mask, in which nothing is skipped on cpu. The prompt's own part of it is its output too.
+        """
+        parts = list(zip(*(t.split(segments.lengths) for t in (query, key, value)), strict=True))
+        out: dict[int, Tensor] = {}
+        behind: dict[int, int] = {}
+        prompt = 0
+        for length, *responses in segments.groups:
+            for i, own in enumerate(responses, prompt + 1):
+                if own < length:
+                    (q, *kv), (_, *before) = parts[i], parts[prompt]
+                    out[i] = self._attend(q[None], *(torch.cat(pair)[None] for pair in zip(before, kv, strict=True)))[0]
+                else:
+                    behind[i] = prompt
+            prompt += 1 + len(responses)
+        rows = [tuple(torch.cat(pair) for pair in zip(parts[p], parts[i], strict=True)) for i, p in behind.items()]
+        for (i, p), row in zip(behind.items(), self._causal(rows), strict=True):
+            out[p], out[i] = row.split([segments.lengths[p], segments.lengths[i]])
+        alone = [p for p in range(len(parts)) if p not in out]
+        out.update(zip(alone, self._causal([parts[p] for p in alone]), strict=True))
+        return torch.cat([out[i] for i in range(len(parts))]).flatten(1)
+
+    def _causal(self, rows: Sequence[tuple[Tensor, ...]]) -> list[Float[Tensor, "time heads dim"]]:
+        """Each row's queries over its own keys and values; one batch of them where padding adds little to it."""
+        if not rows:
+            return []
+        lengths = [len(q) for q, *_ in rows]
+        if len(rows) * max(lengths) ** 2 > PADDING_BOUND * sum(n**2 for n in lengths):
+            return [self._attend(*(t[None] for t in row))[0] for row in rows]
+        # on the right of a row, padding is never seen by a causal query of that row
+        out = self._attend(*(pad_sequence(list(t), batch_first=True) for t in zip(*rows, strict=True)))
+        return [row[:n] for row, n in zip(out, lengths, strict=True)]
 
     def _across_ranks(
         self,
