@@ -29,7 +29,7 @@ ifneq ($(PIP_CERT),)
 export SSL_CERT_FILE ?= $(PIP_CERT)
 endif
 # The CPU build of torch is not on PyPI. Where no place of wheels is announced, it comes from torch's own public index.
-ANNOUNCED := $(strip $(PIP_FIND_LINKS) $(UV_FIND_LINKS) $(PIP_EXTRA_INDEX_URL) $(UV_EXTRA_INDEX_URL) $(UV_INDEX))
+ANNOUNCED := $(sort $(PIP_FIND_LINKS) $(UV_FIND_LINKS) $(PIP_EXTRA_INDEX_URL) $(UV_EXTRA_INDEX_URL) $(UV_INDEX))
 TORCH_INDEX ?= $(if $(ANNOUNCED),,https://download.pytorch.org/whl/cpu)
 ifneq ($(PIP_EXTRA_INDEX_URL),)
 export UV_EXTRA_INDEX_URL ?= $(PIP_EXTRA_INDEX_URL)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,20 @@ def _end_of_log(logs: Path, lines: int = 15) -> str:
         if file.is_file() and (text := file.read_text(errors="replace").strip()):
             return "\n".join([f"The end of {name}:", *text.splitlines()[-lines:]])
     return "Its servers have logged nothing."
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What Ray's memory monitor did to a process, with what helps, on one line; None for any other error."""
+    from ray.exceptions import OutOfMemoryError  # not before: see `start`
+
+    if not isinstance(error, OutOfMemoryError):
+        return None
+    seen = re.search(r"was ([\d.]+ ?\w?B) / ([\d.]+ ?\w?B)", str(error))
+    used = f"{seen[1]} of {seen[2]} of its host's memory" if seen else "too much of its host's memory"
+    return (
+        f"was killed by Ray, which saw {used} in use (let other work on that host end, let the run hold less: "
+        "--dry-run says what it takes, or start Ray with a higher RAY_memory_usage_threshold)"
+    )
 
 
 def descendants(strangers: frozenset[psutil.Process] = frozenset()) -> list[psutil.Process]:

@@ -110,12 +110,12 @@ def started(recipe: Recipe, *, signal_bound: float = 0.0, serving: Any = None) -
     tokenizer = _tokenizer(recipe)
     recipe = _dated(recipe, tokenizer)
     prompts, heldout = read_prompts(recipe, tokenizer)  # data errors come before anything is started
-    point = resume.resume_point(recipe)
-    if point is not None:
-        prompts.load_state_dict(point.state()["prompts"])
-        tasks.require_same_heldout(heldout, point.state().get("heldout"))
-    resume.prepare_run_folder(recipe, point)
-    with signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
+    with resume.held(recipe.run.dir), signals.raising(signal_bound) as install, contextlib.ExitStack() as stack:
+        point = resume.resume_point(recipe)
+        if point is not None:
+            prompts.load_state_dict(point.state()["prompts"])
+            tasks.require_same_heldout(heldout, point.state().get("heldout"))
+        resume.prepare_run_folder(recipe, point)
         local_ray.raise_bounds()  # Ray reads them when it is imported
         with _importing("dcpo_openrlhf.trainer", "dcpo_openrlhf.policy.actor"):
             if serving is None:

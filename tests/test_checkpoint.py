@@ -1,7 +1,10 @@
 """Checkpoint folders: whole or not there; damage is recognised and passed over; old ones go when newer are whole."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,14 @@ import pytest
 
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole
+from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.resume import (
     MAY_DIFFER,
     _flat,
     differences,
     finished,
+    held,
     prepare_run_folder,
     resume_point,
     starting_model,
@@ -407,3 +412,26 @@ def test_a_run_that_resumes_nothing_leaves_the_folder_as_it_is(tmp_path: Path) -
     make_run(tmp_path)
     prepare_run_folder(make_recipe(tmp_path), None)
     assert steps(tmp_path) == [3, 5] and not (tmp_path / "cut").exists()
+
+
+def test_a_run_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    said = rf"run\.dir = .*/run is in use by process {os.getpid()} on \S+; wait for its end .* name another"
+    with held(tmp_path / "run"):
+        with pytest.raises(RunError, match=said), held(tmp_path / "run"):
+            pytest.fail("two runs write into one folder")
+        with held(tmp_path / "other"):
+            pass
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(tmp_path):
+        (warning,) = caplog.messages
+    assert "has no locks (No locks available)" in warning

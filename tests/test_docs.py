@@ -148,6 +148,29 @@ def test_add_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: table[name] for name in rows} == rows
 
 
+def test_the_readmes_tree_names_what_is_there() -> None:
+    """Every module beside the rooms, of the recipe room, and of tools/; every folder of recipes/."""
+    root = DOCS.parent
+    (tree,) = re.findall(r"```\n(dcpo_openrlhf/ .*?)```", (root / "README.md").read_text(), flags=re.S)
+    (recipe,) = re.findall(r"^  recipe/ .*$", tree, flags=re.M)
+    (recipes,) = re.findall(r"^recipes/ .*$", tree, flags=re.M)
+    (tools,) = re.findall(r"^tools/ .*$", tree, flags=re.M)
+
+    def modules(folder: str) -> set[str]:
+        return {file.stem for file in (root / folder).glob("*.py")} - {"__init__"}
+
+    def unnamed(words: set[str], line: str) -> set[str]:
+        return {word for word in words if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", line)}
+
+    assert unnamed({f"{name}.py" for name in modules("dcpo_openrlhf")}, tree) == set()
+    assert unnamed(modules("dcpo_openrlhf/recipe") - {"fields"}, recipe) == set()
+    assert (
+        unnamed(modules("tools") | {f.parent.name + "/" for f in (root / "tools").glob("*/__init__.py")}, tools)
+        == set()
+    )
+    assert unnamed({f.parent.name + "/" for f in (root / "recipes").glob("*/*.yaml")}, recipes) == set()
+
+
 def test_the_loop_of_the_readme_is_the_trainers_without_its_clock() -> None:
     """Line by line, but for comments and what frees memory, evaluates or takes notes in between."""
     root = DOCS.parent

@@ -31,6 +31,11 @@ def test_an_announced_place_of_wheels_wins(name: str) -> None:
     assert "--extra-index-url" not in recipe_of_setup(**{name: "/wheels"})
 
 
+def test_an_announced_place_is_named_once() -> None:
+    """uv's variable is set from pip's."""
+    assert "no CPU build of torch in: /a /b (name" in recipe_of_setup(PIP_FIND_LINKS="/a", PIP_EXTRA_INDEX_URL="/b")
+
+
 def test_another_index_wins() -> None:
     said = recipe_of_setup(TORCH_INDEX="https://mirror.example/cpu")
     assert "--extra-index-url https://mirror.example/cpu" in said and PUBLIC not in said

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from dcpo_openrlhf import local_ray, signals, train_dcpo
+from dcpo_openrlhf.recipe import resume
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe
 from tests.tiny import make_tiny_model
@@ -285,6 +286,15 @@ def test_a_start_that_does_not_come_up_is_one_error(main: Main, monkeypatch: pyt
 
     monkeypatch.setattr(train_dcpo, "run", late)
     assert main() == (1, "", "error: 2 devices for training must fit\n")
+
+
+def test_a_run_folder_in_use_is_left_as_it_is(main: Main, tmp_path: Path) -> None:
+    """Before its first step a run has no metrics.jsonl yet, and one that resumes would cut another's rows."""
+    with resume.held(tmp_path / "run"):
+        for key in ("never", "auto"):
+            status, out, err = main(f"checkpoint.resume={key}")
+            assert (status, out) == (1, "") and err.startswith("error: run.dir = ") and "is in use by process" in err
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [resume.LOCK]
 
 
 def test_a_save_that_takes_too_long_or_fails_is_told_and_the_run_still_ends(caplog: pytest.LogCaptureFixture) -> None:

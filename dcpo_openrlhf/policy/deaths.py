@@ -3,9 +3,10 @@
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.local_ray import out_of_memory
 
 DEAD_S = 10.0
 """Seconds for Ray to tell which policy ranks are dead."""
@@ -21,7 +22,8 @@ def told(error: Exception, group: Any) -> RunError | None:
             return None
         died = f"policy rank {', '.join(map(str, dead))}"
     elif isinstance(error, RayError):
-        died = " ".join(str(error).split())
+        killed = out_of_memory(error)
+        died = " ".join(str(error).split()) if killed is None else f"it {killed}"
     else:
         return None
     return RunError(
@@ -37,6 +39,6 @@ def dead_ranks(group: Any) -> list[int]:
     for call in ray.wait(calls, num_returns=len(calls), timeout=DEAD_S)[0]:
         try:
             ray.get(call)
-        except RayActorError:
+        except RayError:  # of an actor that died, or that Ray killed for want of memory
             dead.append(calls.index(call))
     return dead

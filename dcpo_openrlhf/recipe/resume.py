@@ -5,10 +5,14 @@ What a resumed run takes back lies in <run folder>/cut/NNN/.
 
 import contextlib
 import datetime
+import fcntl
 import json
 import logging
+import os
 import re
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from dcpo_openrlhf.checkpoint import STATE, STEP_NAME, Checkpoint, damage, newest_whole
+from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.recipe import weights
 from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
@@ -24,6 +29,8 @@ logger = logging.getLogger(__name__)
 REPORT = "report.md"
 STOP = ".stop_forward"
 """While a file of this name stands in the run folder, ranks leave a forward pass between micro-batches."""
+LOCK = ".lock"
+"""Held by the run that writes into the run folder; the kernel takes it back, however that run ends."""
 _OF_A_STEP = re.compile(r"(?:step|evaluation|tempered)_(\d{6,})")
 MAY_DIFFER = (
     # where a run happens, how long things may take, what is kept: none of it is in the numbers
@@ -219,6 +226,30 @@ def _defaults() -> dict[str, Any]:
         for key, field in section.model_fields.items()  # type: ignore[union-attr]
         if not field.is_required()
     }
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The run folder, made if need be, is this process's alone inside. Raises RunError that names the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RunError(
+                f"run.dir = {folder} is in use by {holder}; wait for its end or end it, or name another run.dir"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "run.dir = %s: its file system has no locks (%s); no other run may use it now", folder, error.strerror
+            )
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
 
 
 def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:

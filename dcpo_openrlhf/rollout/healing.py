@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.local_ray import out_of_memory
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -370,6 +371,8 @@ def what_it_did(error: RayError) -> str:
         return "died: vLLM's worker behind it is gone"
     if isinstance(error, RayActorError):
         return "died"
+    if (killed := out_of_memory(error)) is not None:
+        return killed
     return f"failed ({one_line(error)})"
 
 

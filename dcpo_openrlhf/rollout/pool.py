@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dcpo_openrlhf.errors import RunError
@@ -200,11 +200,10 @@ def gather(
         for call in done:
             try:
                 results[position[call]] = ray.get(call)
-            except RayActorError as death:
-                raise error(f"{who} {engine_of[position[call]]} died while {doing}; {remedy}: {death}") from death
-            except RayTaskError as failure:
+            except RayError as failure:
                 did = what_it_did(failure)
-                raise error(f"{who} {engine_of[position[call]]} {did} while {doing}; {remedy}") from failure
+                more = f": {failure}" if did == "died" else ""
+                raise error(f"{who} {engine_of[position[call]]} {did} while {doing}; {remedy}{more}") from failure
         if pending and time.monotonic() >= ends:
             late = Counter(engine_of[position[call]] for call in pending)
             kind = who.split()[-1]

@@ -13,6 +13,7 @@ from ray.util.placement_group import remove_placement_group
 from dcpo_openrlhf.local_ray import StartupError
 from dcpo_openrlhf.policy import deaths
 from dcpo_openrlhf.policy.group import PolicyActorGroup
+from dcpo_openrlhf.rollout import pool
 from tests.bounds import HANG_S
 from tests.weight_sync.engines import cluster
 
@@ -99,3 +100,27 @@ def test_a_rank_that_dies_is_named() -> None:
     group._building = group.async_run_method("init_model_from_pretrained")
     with pytest.raises(StartupError, match="policy rank 0 died while building its model; see its log"):
         group.finish_init([], timeout=HANG_S)
+
+
+def test_what_ray_kills_for_want_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is neither that of an actor that died nor that of a task that raised."""
+    low = ray.exceptions.OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1, ID: 9f) was "
+        "22.39GB / 23.54GB (0.951242), which exceeds the memory usage threshold of 0.950000; Object store memory ..."
+    )
+
+    def get(*_: object, **__: object) -> None:
+        raise low
+
+    group, call = PolicyActorGroup(1, 1, Rank, timeout_s=HANG_S), ray.put(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "get", get)
+        said = r"killed by Ray, which saw 22\.39GB of 23\.54GB of its host's memory in use \(let other work .*\) while"
+        with pytest.raises(StartupError, match=rf"policy rank 0 was {said} building its model; see its log"):
+            group._wait([call], timeout=HANG_S, doing="building its model")
+        with pytest.raises(StartupError, match=rf"rollout engine 3 was {said} starting; r$"):
+            pool.gather([call], [3], timeout_s=HANG_S, doing="starting", remedy="r", error=StartupError)
+        assert deaths.dead_ranks(group) == [0]
+    told = str(deaths.told(low, group))
+    assert "died: it was killed by Ray, which saw 22.39GB of 23.54GB" in told and "Object store" not in told
+    end(group)
