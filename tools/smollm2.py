@@ -52,6 +52,8 @@ def ensure_smollm2(output: Path | str | None = None) -> Path:
     try:
         convert(packaged_weights(), aside)
         aside.chmod(0o755)
+        for file in aside.iterdir():  # safetensors lets no one but the owner read
+            file.chmod(0o644)
         try:
             aside.rename(target)
         except OSError:

@@ -96,7 +96,11 @@ def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_by
     total = size = 0
 
     def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"shard-{len(shards)}.safetensors"
+        file.touch()
+        mode = file.stat().st_mode  # as the umask says; safetensors lets no one but the owner read
+        save_file(held, file, metadata={"format": "pt"})
+        file.chmod(mode)
         shards.append(list(held))
         held.clear()
 

@@ -1,6 +1,7 @@
 """An exported folder loads with transformers and gives the same tensors; a write that fails changes nothing."""
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_export_loads_with_transformers_and_gives_the_same_tensors(
     else:
         assert files == ["model.safetensors"] and not list(output.glob("*.index.json"))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("shard_bytes", [SMALL, 10**9], ids=["sharded", "single"])
+def test_who_may_read_files_may_read_the_weights(
+    source: Path, tensors: dict[str, Tensor], tmp_path: Path, shard_bytes: int
+) -> None:
+    """safetensors writes for the owner alone, and models are served by others."""
+    before = os.umask(0o027)
+    try:
+        output = write_hf_folder(tensors.items(), source=source, output=tmp_path / "hf", shard_bytes=shard_bytes)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in output.glob("*.safetensors")} == {"0o640"}
 
 
 def test_files_stay_below_the_bound_unless_one_tensor_exceeds_it(

@@ -13,6 +13,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 def stub_convert(weights: Path, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"x" * 1_000_000)
+    (folder / "model.safetensors").chmod(0o600)  # as safetensors leaves it
     (folder / "config.json").write_text("{}")
 
 
@@ -29,6 +30,8 @@ def test_second_call_makes_nothing(tmp_path, monkeypatch):
         assert smollm2.ensure_smollm2(tmp_path / "cache" / "model") == tmp_path / "cache" / "model"
     assert len(calls) == 1
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["model"]
+    modes = {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "cache" / "model").iterdir()}
+    assert modes == {"0o644"}, "others may read it, as the folder says"
 
 
 def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
