@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MonitorStop as stop:
         print(f"ended by the monitor: {stop}", file=sys.stderr)
         return 3
-    except Interrupted as interrupted:
-        number = interrupted.args[0]
+    except KeyboardInterrupt as interrupted:  # Interrupted, or Ctrl-C while recipe and data are checked
+        number = interrupted.args[0] if isinstance(interrupted, Interrupted) else signal.SIGINT
         print(f"ended by {signal.Signals(number).name}; every process of this run is gone", file=sys.stderr)
         return 128 + number
     return 0

@@ -280,6 +280,14 @@ def test_signal_is_told_and_sets_the_exit_status(main: Main, monkeypatch: pytest
     assert err.startswith("ended by SIGTERM")
 
 
+def test_ctrl_c_while_the_data_are_read_is_told_too(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_dcpo, "read_prompts", interrupted)
+    assert main() == (130, "", "ended by SIGINT; every process of this run is gone\n")
+
+
 def test_a_start_that_does_not_come_up_is_one_error(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(_: Any) -> None:
         raise local_ray.StartupError("2 devices for training must fit")

@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         before_start(recipe, report)
         live(recipe, report)
-    except Interrupted as interrupted:
-        number = interrupted.args[0]
+    except KeyboardInterrupt as interrupted:  # Interrupted, or Ctrl-C before anything is started
+        number = interrupted.args[0] if isinstance(interrupted, Interrupted) else signal.SIGINT
         print(f"ended by {signal.Signals(number).name}; every process of this check is gone", file=sys.stderr)
         return 128 + number
     print(f"{report.wrong_count} of {report.count} checks are WRONG" if report.wrong_count else "all well")

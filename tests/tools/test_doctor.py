@@ -62,6 +62,14 @@ def test_bad_recipe_is_status_2_and_one_error(main: Main, nothing_starts: None) 
     assert last.startswith("error: ") and "did you mean 'steps'?" in last
 
 
+def test_ctrl_c_before_anything_starts_is_told(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "before_start", interrupted)
+    assert main() == (130, {}, "ended by SIGINT; every process of this check is gone")
+
+
 def test_what_preflight_finds_is_told_by_check_and_nothing_starts(main: Main, nothing_starts: None) -> None:
     status, lines, last = main("parallel.tensor=1", "rollout.max_new_tokens=300", "task.kind=jsonl", "task.train=/no")
     assert (status, last) == (1, "2 of 24 checks are WRONG")
