@@ -18,7 +18,7 @@ from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.load import load_recipe
 from tools.reproduce import __main__ as command
-from tools.reproduce import archive, gradients, grid, runner, small_model, tables, tasks
+from tools.reproduce import archive, grid, runner, small_model, tables, tasks
 from tools.reproduce import statistics as s
 from tools.reproduce.archive import Result
 from tools.reproduce.grid import CELLS, RECIPES, Cell, Run
@@ -373,25 +373,3 @@ def test_results_are_what_the_committed_numbers_say(tmp_path: Path) -> None:
     shutil.copytree(archive.RESULTS, folder)
     text = command.results((table.report(folder) for table in tables.TABLES.values()), folder)
     assert (archive.RESULTS / "results.md").read_text() == text, "write it again: python -m tools.reproduce all"
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
-
-
-def test_bias_and_variance_by_enumeration() -> None:
-    """A policy of one token: weights of tokens and of sequences are one, and unbiased; without weights it is not."""
-    draw = torch.Generator().manual_seed(0)
-    logits, temperature, n = torch.tensor([1.0, 0.0, -1.0]), 2.0, 40000
-    reward = torch.tensor([1.0, 0.0, 1.0])
-    pi, tempered = logits.softmax(0), (logits / temperature).softmax(0)
-    exact = sum(tempered[a] * reward[a] * (torch.eye(3)[a] - pi) for a in range(3))
-    for name, biased in (("token", False), ("sequence", False), ("none", True)):
-        token = torch.multinomial(pi, n, replacement=True, generator=draw)
-        log_rho = (tempered / pi).log()[token][:, None]
-        weight = gradients.WEIGHTS[name](log_rho, torch.ones(n, 1)) * reward[token][:, None]
-        score = torch.eye(3)[token] - pi
-        each, mean = weight * score, gradients.Mean(torch.zeros(2, 3))
-        mean.add(lambda kept, g=each: g[kept].sum(0), each.square().sum(1), weight.sum(1))
-        error = float((mean.means.mean(0) - exact).norm() / exact.norm())
-        assert (error > 0.1) == biased, (name, error)
-        assert mean.variance == pytest.approx(float(each.var(0).sum()), rel=0.02)

@@ -1,136 +1,218 @@
-"""Theorem 3.1 on the small model: weights of tokens against weights of sequences, as bias and variance of a gradient.
+"""Theorem 3.1 on the small model: weights of tokens against weights of sequences, by sums over every response.
 
 The regulariser's gradient is g = E[R mean_t grad log pi(o_t)] over responses of pi^T. From responses of pi it is
-estimated with prod_t rho_t on the whole response (unbiased), with rho_t on each token (DCPO), or with none. The
-gradient is that of the output layer; numbers come from independent halves of many samples: noise adds no bias.
+estimated with prod_t rho_t on the whole response (unbiased), with rho_t on each token (DCPO), or with none. The policy
+is the model held to legal words: of an answer the first numbers are given, n are left to place in any order, each with
+either sign, n! 2^n responses in all, so that means and variances are sums without noise. What is left to go and the
+end are words without a choice, so without a gradient; they change |o| alone, which is one for all responses.
+The gradient is that of the output layer: in it, as in training, all contexts move the same numbers (in a table of
+logits each would have its own), and a response's is a sum of outer products, whose norms need no more than their dots.
 """
 
+import copy
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools.reproduce.small_model import sample
-from tools.reproduce.tasks import TASK, right
+from tools.reproduce.tasks import NEAR, TASK, right
 
 TEMPERATURES = (0.8, 1.2, 2.0)
-SAMPLES, BATCH = 8192, 512
-"""Responses of pi, and of each pi^T."""
+LEFT = (2, 3, 4, 5, 6)
+"""n: numbers that are left to place, tokens with a choice."""
+PROBLEMS, SEED, BATCH = 10, 1, 512
+FILE, DIGITS = "gradients.json", 5
+HOW: dict[str, Any] = {
+    "task": asdict(TASK) | {"near": NEAR},
+    "temperatures": list(TEMPERATURES),
+    "left": list(LEFT),
+    "problems": PROBLEMS,
+    "seed": SEED,
+}
+"""Numbers of another task or other constants are not read."""
 
-Weight = Callable[[Tensor, Tensor], Tensor]
-"""(log rho, mask) [rows, time] -> weight of each token."""
+Tokens = Float[Tensor, "response token"]
+Weight = Callable[[Tokens], Tokens]
+"""log rho -> weight of each token."""
 WEIGHTS: dict[str, Weight] = {
-    "sequence": lambda log_rho, mask: (log_rho * mask).sum(1, keepdim=True).exp().expand_as(log_rho),
-    "token": lambda log_rho, mask: log_rho.exp(),
-    "none": lambda log_rho, mask: torch.ones_like(log_rho),
+    "sequence": lambda log_rho: log_rho.sum(1, keepdim=True).exp().expand_as(log_rho),
+    "token": lambda log_rho: log_rho.exp(),
+    "none": torch.ones_like,
 }
 
 
-@dataclass
-class Mean:
-    """Mean of vectors in two halves, their mean square, and that of the weights that they carry."""
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """Every response of a policy, once; float64."""
 
-    halves: Tensor
-    count: int = 0
-    square: float = 0.0
-    weight: float = 0.0
-    weight_square: float = 0.0
+    logits: Float[Tensor, "response token word"]
+    """Of the words that may follow, -inf elsewhere."""
+    chosen: Int[Tensor, "response token"]
+    hidden: Float[Tensor, "response token width"]
+    """What the output layer sees."""
+    right: Bool[Tensor, " response"]
+    """R."""
 
-    def add(self, gradients: Callable[[Tensor], Tensor], squares: Tensor, weights: Tensor) -> None:
-        """A batch, of which even rows go to one half. gradients: sum over the rows that a mask of them keeps."""
-        even = torch.arange(len(squares)) % 2 == 0
-        self.halves[0] += gradients(even)
-        self.halves[1] += gradients(~even)
-        self.count += len(squares)
-        self.square += float(squares.sum())
-        self.weight += float(weights.sum())
-        self.weight_square += float(weights.square().sum())
-
-    @property
-    def means(self) -> Tensor:
-        return self.halves / (self.count / 2)
-
-    @property
-    def effective(self) -> float:
-        """(sum w)^2 / (n sum w^2) of the weights of right responses."""
-        return self.weight**2 / (self.count * self.weight_square)
-
-    @property
-    def variance(self) -> float:
-        """Trace of the covariance of one sample."""
-        return self.square / self.count - dot(self.means[0], self.means[1])
+    def log_pi(self, temperature: float = 1.0) -> Tokens:
+        return _log_softmax_of(self.logits, self.chosen, temperature)
 
 
-def dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum())
+def _log_softmax_of(logits: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    return (logits / temperature).log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+
+
+def compare(responses: Responses, temperature: float) -> dict[str, dict[str, float]]:
+    """Of each weight, as shares of |g|: bias and length of the mean, standard deviation of one response; cosine with g.
+
+    effective: (E w)^2 / E w^2 over responses and their tokens, 1 for equal weights; effective_right: over right ones.
+    """
+    log_pi = responses.log_pi()
+    log_rho = responses.log_pi(temperature) - log_pi
+    pi, drawn = log_pi.sum(1).exp(), (log_pi + log_rho).sum(1).exp()  # of whole responses, at T = 1 and at T
+    kept, length = responses.right, log_pi.shape[1]
+    hidden, logits = responses.hidden[kept], responses.logits[kept]
+    score = torch.nn.functional.one_hot(responses.chosen[kept], logits.shape[-1]) - logits.softmax(-1)
+    dots = (score @ score.mT) * (hidden @ hidden.mT)  # of the gradients of a response's tokens
+
+    def mean(probability: Tensor, weight: Tensor) -> Tensor:
+        """E[R mean_t w_t grad log pi(o_t)], [word, width]."""
+        return torch.einsum("rt,rtv,rtd->vd", probability[kept, None] * weight[kept] / length, score, hidden)
+
+    g = mean(drawn, torch.ones_like(log_rho))
+    found = {}
+    for name, weight_of in WEIGHTS.items():
+        weight = weight_of(log_rho)
+        estimate, own = mean(pi, weight), weight[kept] / length
+        square = torch.einsum("r,rt,rtu,ru->", pi[kept], own, dots, own)
+        variance = square - estimate.square().sum()  # trace of the covariance
+        found[name] = {
+            "bias": float((estimate - g).norm() / g.norm()),
+            "cosine": float((estimate * g).sum() / (estimate.norm() * g.norm())),
+            "size": float(estimate.norm() / g.norm()),
+            "deviation": float(variance.clamp_min(0.0).sqrt() / g.norm()),
+            "effective": _effective(pi, weight),
+            "effective_right": _effective(pi[kept], weight[kept]),
+        }
+    return found
+
+
+def _effective(probability: Tensor, weight: Tensor) -> float:
+    return float((probability @ weight.mean(1)) ** 2 / (probability.sum() * (probability @ weight.square().mean(1))))
+
+
+# --- every response ---------------------------------------------------------------------------------------------------
+
+
+def is_number(word: str) -> bool:
+    return word[0] in "+-"
+
+
+def endings(trace: Sequence[str], left: int) -> Iterator[list[str]]:
+    """Every way to end an exact answer anew from its last `left` numbers on; the last sign changes fastest."""
+    places = [i for i, word in enumerate(trace) if is_number(word)]
+    target, start = sum(int(trace[i]) for i in places), places[-left]
+    for order in itertools.permutations(trace[i][1:] for i in places[-left:]):
+        for signs in itertools.product("+-", repeat=left):
+            signed = iter(zip(signs, order, strict=True))
+            to_go, words = target - sum(int(trace[i]) for i in places[:-left]), []
+            for word in trace[start:]:
+                if is_number(word):
+                    words.append("".join(next(signed)))
+                    to_go -= int(words[-1])
+                else:
+                    words.append(f"={to_go}")
+            yield words
 
 
 @torch.no_grad()
-def accumulate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], into: dict[tuple[str, float], Mean], drawn_at: float
-) -> None:
-    """One response to each prompt at T = `drawn_at`, added to every mean of `into`, (weight, T of rho) -> mean."""
-    tokens, mask, _ = sample(model, tokenizer, prompts, new_tokens=TASK.new_tokens, temperature=drawn_at)
-    texts = [tokenizer.decode(row[m], skip_special_tokens=True) for row, m in zip(tokens, mask, strict=True)]
-    ended = ((tokens == tokenizer.eos_token_id) & mask).any(1)
-    success = torch.tensor([right(p, t) for p, t in zip(prompts, texts, strict=True)]) & ended
-    encoded = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
-    whole = torch.cat([encoded["input_ids"], tokens], 1)
-    attention = torch.cat([encoded["attention_mask"], mask.long()], 1)
-    positions = (attention.cumsum(1) - 1).clamp_min(0)
-    out = model.model(input_ids=whole, attention_mask=attention, position_ids=positions)
-    hidden = out.last_hidden_state[:, encoded["input_ids"].shape[1] - 1 : -1]
-    logits = model.lm_head(hidden)
-    score = torch.nn.functional.one_hot(tokens, logits.shape[-1]) - logits.softmax(-1)  # d log pi / d logits
-    chosen = tokens[..., None]
-    log_pi = logits.log_softmax(-1).gather(-1, chosen)[..., 0]
-    share = (success[:, None] * mask / mask.sum(1, keepdim=True)).float()  # R / |o|
-    inner = (score @ score.transpose(1, 2)) * (hidden @ hidden.transpose(1, 2))
-    for (name, temperature), mean in into.items():
-        log_rho = (logits / temperature).log_softmax(-1).gather(-1, chosen)[..., 0] - log_pi
-        weight = WEIGHTS[name](log_rho, mask.float()) * share
-        squares = torch.einsum("bt,btu,bu->b", weight, inner, weight)
+def respond(
+    model: Any, tokenizer: Any, problem: str, trace: Sequence[str], *, left: int
+) -> tuple[Responses, dict[float, float]]:
+    """The responses to a problem and the start of an exact answer, and T -> what the free model's pi^T gives to them.
 
-        def gradients(kept: Tensor, weight: Tensor = weight) -> Tensor:
-            return torch.einsum("bt,btv,btd->vd", weight[kept], score[kept], hidden[kept])
+    That share is of the numbers; the words between, which have no choice here, are given. One that the vocabulary
+    lacks, a rest too large to be written, is its unknown word.
+    """
+    texts = list(endings(trace, left))
+    start = len(trace) - len(texts[0])
+    places = [i for i, word in enumerate(trace[start:]) if is_number(word)]
+    words = [f"{sign}{word[1:]}" for word in trace[start:] if is_number(word) for sign in "+-"]
+    given = [*problem.split(), *trace[:start]]
+    contexts = [" ".join([given[-1], *text[: places[-1]]]) for text in texts[::2]]  # each of two last signs
+    tokens = torch.tensor(tokenizer(contexts)["input_ids"])
+    hidden = _hidden(model, tokenizer.encode(" ".join(given[:-1])), tokens)[:, places].repeat_interleave(2, 0)
+    every = hidden @ model.lm_head.weight.T
 
-        mean.add(gradients, squares, weight.sum(1))
-
-
-def measure(folder: Path, *, seed: int = 1, samples: int = SAMPLES) -> list[dict[str, float | str]]:
-    """For each T and weight: bias and standard deviation of a sample, relative to |g|; the effective sample share."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    problems = [json.loads(line)["problem"] for line in (folder / "train.jsonl").read_text().splitlines()]
-    shape = (2, *model.lm_head.weight.shape)
-    estimates = {(name, t): Mean(torch.zeros(shape)) for t in TEMPERATURES for name in WEIGHTS}
-    truth = {t: {("none", t): Mean(torch.zeros(shape))} for t in TEMPERATURES}
-    for start in range(0, samples, BATCH):
-        prompts = [problems[i % len(problems)] for i in range(start, start + BATCH)]
-        accumulate(model, tokenizer, prompts, estimates, 1.0)
-        for temperature, means in truth.items():
-            accumulate(model, tokenizer, prompts, means, temperature)
-    return [_line(name, t, estimates[name, t], truth[t]["none", t]) for t in TEMPERATURES for name in WEIGHTS]
+    index = {word: i for i, word in enumerate(words)}
+    chosen = torch.tensor([[index[text[i]] for i in places] for text in texts])
+    number = torch.nn.functional.one_hot(chosen // 2, left)
+    placed = (number.cumsum(1) - number).bool().repeat_interleave(2, -1)
+    ids = torch.tensor(tokenizer.encode(" ".join(words)))
+    share = {t: float(_log_softmax_of(every, ids[chosen], t).double().sum(1).exp().sum()) for t in (1.0, *TEMPERATURES)}
+    responses = Responses(
+        logits=every[..., ids].double().masked_fill(placed, -torch.inf),
+        chosen=chosen,
+        hidden=hidden.double(),
+        right=torch.tensor([right(problem, " ".join([*trace[:start], *text])) for text in texts]),
+    )
+    return responses, share
 
 
-def _line(name: str, temperature: float, estimate: Mean, truth: Mean) -> dict[str, float | str]:
-    target, found = truth.means, estimate.means
-    scale = max(dot(target[0], target[1]), 1e-30) ** 0.5
-    off = dot(found[0] - target[0], found[1] - target[1])
-    size = max(dot(found[0], found[1]), 1e-30) ** 0.5
-    cross = (dot(found[0], target[1]) + dot(found[1], target[0])) / 2
-    return {
-        "weight": name,
-        "temperature": temperature,
-        "bias": max(off, 0.0) ** 0.5 / scale,
-        "cosine": cross / (scale * size),
-        "deviation": max(estimate.variance, 0.0) ** 0.5 / scale,
-        "effective": estimate.effective,
-        "samples": estimate.count,
-    }
+def _hidden(model: Any, shared: Sequence[int], tokens: Int[Tensor, "row token"]) -> Float[Tensor, "row token width"]:
+    """The last layer's output at `tokens`, each row of which follows `shared`, which is computed once."""
+    before = model.model(input_ids=torch.tensor([shared]), use_cache=True).past_key_values
+    found = []
+    for rows in tokens.split(BATCH):
+        past = copy.deepcopy(before)
+        past.batch_repeat_interleave(len(rows))
+        found.append(model.model(input_ids=rows, past_key_values=past, use_cache=True).last_hidden_state)
+    return torch.cat(found)
+
+
+# --- the numbers of the table -----------------------------------------------------------------------------------------
+
+
+def measure(folder: Path) -> list[dict[str, Any]]:
+    """A line for each n, T and weight: the numbers of `compare` and the free model's share, each a list over problems.
+
+    The problems are training problems; with each n the same ones and the same answers.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(SEED)
+    every = [json.loads(line)["problem"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    asked = [(problem, TASK.trace(problem, rng).split()) for problem in rng.sample(every, PROBLEMS)]
+    lines: dict[tuple[int, float, str], dict[str, Any]] = {}
+    for left in LEFT:
+        for problem, trace in asked:
+            responses, share = respond(model, tokenizer, problem, trace, left=left)
+            for t in TEMPERATURES:
+                for name, numbers in compare(responses, t).items():
+                    line = lines.setdefault((left, t, name), {"left": left, "temperature": t, "weight": name})
+                    for key, value in (numbers | {"share": share[t], "share_at_1": share[1.0]}).items():
+                        line.setdefault(key, []).append(float(f"{value:.{DIGITS}g}"))
+    return list(lines.values())
+
+
+def write(folder: Path, about: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
+    """Into the folder's gradients.json, a line of text a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = json.dumps(about | {"how": HOW})
+    (folder / FILE).write_text(f'{{"about": {head},\n"lines": [\n{",\n".join(map(json.dumps, lines))}\n]}}\n')
+
+
+def load(folder: Path) -> list[dict[str, Any]] | None:
+    """The committed lines; None where there are none, or they are of another task or other constants."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    return found["lines"] if found["about"].get("how") == HOW else None

@@ -141,14 +141,12 @@ def make_all(runs: Sequence[Run], *, minutes: float, say: Callable[[str], None] 
 
 
 def make_gradients() -> None:
-    """docs/results/gradients.json, where it is missing."""
+    """docs/results/gradients.json, where it is missing or of another task."""
     from tools.reproduce import gradients
 
-    file = archive.RESULTS / "gradients.json"
-    if not file.is_file():
+    if gradients.load(archive.RESULTS) is None:
         folder = Path(make_model("small")["model.path"])
         begin = time.monotonic()
         lines = gradients.measure(folder)
         about = {"machine": machine(), "minutes": (time.monotonic() - begin) / 60}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"about": about, "lines": lines}, indent=1) + "\n")
+        gradients.write(archive.RESULTS, about, lines)

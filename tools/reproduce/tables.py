@@ -1,12 +1,11 @@
 """One table a figure or table of the paper: its cells, and what their runs say about its claim."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from tools.reproduce import archive
+from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
 from tools.reproduce.grid import CELLS, LEVELS, OTHERS, SEEDS, TARGET, Run
 from tools.reproduce.report import Claim, Measure, Report, Results, columns_of, curves, difference, over_seeds, shown
@@ -14,8 +13,6 @@ from tools.reproduce.report import Claim, Measure, Report, Results, columns_of, 
 HOLDS, COLLAPSES = 0.25, 0.5
 """Held: mean |H - H_0| / H_0 of the last half is below the first. Collapsed: H of the last quarter is below the second,
 as a share of H_0. Each counts where the whole interval over seeds is on that side."""
-NOISE = 0.2
-"""Standard error of a mean gradient, as a share of |g|, above which theorem_3_1 decides nothing."""
 CURVES = {"entropy/exact": "H [nats/token]", "rollout/success_rate": "right answers in training"}
 KS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -261,39 +258,8 @@ def precision(table: Table, results: Results, folder: Path) -> Report:
     return Report(table.name, "Precision: how close to H_0", [claim], **found, notes=[note])
 
 
-def theorem(table: Table, results: Results, folder: Path) -> Report:
-    """Theorem 3.1 and Section 2.3, from `gradients.json`."""
-    file = folder / "gradients.json"
-    header = ["T", "weight", "bias", "cosine with g", "deviation of a sample", "effective share"]
-    title = "Theorem 3.1, Section 2.3: weights of tokens against weights of sequences"
-    claims = ("weights of tokens have less variance than weights of sequences", "and point the same way (cosine > 0.9)")
-    if not file.is_file():
-        return Report(table.name, title, [Claim(text, "not run yet") for text in claims], header, [])
-    lines = json.loads(file.read_text())["lines"]
-    by = {(line["weight"], line["temperature"]): line for line in lines}
-    temperatures = sorted({line["temperature"] for line in lines})
-    less = all(by["token", t]["deviation"] < by["sequence", t]["deviation"] for t in temperatures)
-    same = all(by["token", t]["cosine"] > 0.9 for t in temperatures)
-    noise = max(line["deviation"] / line["samples"] ** 0.5 for line in lines)
-    verdicts: list[s.Verdict] = ["reproduced" if x else "not reproduced" for x in (less, same)]
-    if noise > NOISE:
-        verdicts = ["undecided", "undecided"]
-    cosines = ", ".join(f"{by['token', t]['cosine']:.2f} at T = {t:g}" for t in temperatures)
-    names = ("bias", "cosine", "deviation", "effective")
-    table_rows = [[f"{x['temperature']:g}", x["weight"], *(f"{x[n]:.3g}" for n in names)] for x in lines]
-    note = (
-        "g: the regulariser's gradient over responses of pi^T, of the output layer. Bias and deviation are relative to "
-        f"|g|; {lines[0]['samples']} responses a line, each measured in independent halves. The mean's own noise is "
-        f"up to {noise:.1f} of |g|; above {NOISE:g} nothing is decided."
-    )
-    return Report(
-        table.name,
-        title,
-        [Claim(claims[0], verdicts[0]), Claim(claims[1], verdicts[1], cosines)],
-        header,
-        table_rows,
-        [note],
-    )
+def theorem_3_1(table: Table, results: Results, folder: Path) -> Report:
+    return theorem.report(table.name, gradients.load(folder))
 
 
 def headline(table: Table, results: Results, folder: Path) -> Report:
@@ -327,7 +293,7 @@ TABLES: dict[str, Table] = {
         Table("table_2", METHODS, table_2),
         Table("table_3", METHODS, table_3),
         Table("table_5", ["grpo", *_with_paper(["dcpo", "dcpo_wo_double_is", "dcpo_wo_reinforce"])], table_5),
-        Table("theorem_3_1", [], theorem),
+        Table("theorem_3_1", [], theorem_3_1),
         Table("questions", ["dcpo", *_ASKED], questions),
         Table("precision", [*LEVELS.values(), *_ASKED], precision),
         Table("smollm2", ["dcpo-demo", "grpo-demo"], headline),
