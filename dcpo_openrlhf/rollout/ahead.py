@@ -13,7 +13,7 @@ from typing import Any
 
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.generator import arguments
-from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, Request, read, request_of, require_same, write
+from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, Replay, Request, read, request_of, require_same, write
 from dcpo_openrlhf.rollout.tasks import PromptStream
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Ahead:
         write(file, found.request | {"seconds": found.seconds}, found.samples)
 
     def load(self, file: Path, *, step: int) -> None:
-        """Have the responses of `step` that `save` wrote; nothing where it wrote none."""
-        if file.is_file():
+        """Have the responses of `step` that `save` wrote; nothing where it wrote none, or a replay has them anyway."""
+        if file.is_file() and not isinstance(self.generator, Replay):  # which counts the requests of a step
             request, samples = read(file)
             self.following = StepResponses(step, request, samples=samples, seconds=request.pop("seconds"))

@@ -13,7 +13,7 @@ import torch
 
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.rollout.ahead import Ahead
-from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP, Replay, ReplayError
+from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP, Recorder, Replay, ReplayError
 from dcpo_openrlhf.rollout.tasks import Problem, PromptStream
 from tests.rollout.test_replay import experience, same
 
@@ -191,3 +191,17 @@ def test_a_replay_has_nothing_to_begin(tmp_path: Path) -> None:
     ahead.wait(look)
     with pytest.raises(ReplayError, match=r"step_000002.pt is missing"):
         ahead.generate(PROMPTS, LABELS, step=2, **HOW)
+
+
+def test_a_replay_that_resumes_such_a_run_reads_every_round_of_the_step(tmp_path: Path) -> None:
+    """A checkpoint's responses in place of the first round would leave the first file to the second request."""
+    ahead, _ = begun()
+    ahead.wait(look)
+    ahead.save(tmp_path / "ahead.pt", step=2)
+    recorder = Recorder(Engines(), tmp_path / "samples")
+    for prompts, labels in ((PROMPTS, LABELS), (PROMPTS[:1], LABELS[:1])):
+        recorder.generate(prompts, labels, step=2, **HOW)
+    replay = Ahead(Replay(tmp_path))
+    replay.load(tmp_path / "ahead.pt", step=2)
+    assert len(replay.generate(PROMPTS, LABELS, step=2, **HOW)) == 4
+    replay.generate(PROMPTS[:1], LABELS[:1], step=2, **HOW)
