@@ -167,6 +167,9 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{', '.join(keys)} is required; set it in the recipe or as {keys[0]}=VALUE"
     if error["type"] == "model_type":
         return f"{where} = {error['input']!r} must be a mapping of keys, for example {where}: {{key: value}}"
+    if error["type"] == "list_type":
+        one = "" if error["input"] is None else error["input"]
+        return f"{where} = {error['input']!r} must be a list, for example {where}=[{one}]"
     if not where:  # a rule between fields speaks for itself
         return error["msg"].removeprefix("Value error, ")
     reason = error["msg"].replace("Input should be", "must be").replace("Input is", "is")

@@ -112,6 +112,16 @@ def _correction_rules(r: "Recipe") -> list[tuple[bool, str]]:
             f"correction.low = {c.low:g} must be below correction.high = {c.high:g}; change one of them",
         ),
         (
+            off or c.gating != "ratio" or c.low >= c.high or c.low <= 1 <= c.high,
+            f"correction.low = {c.low:g} and correction.high = {c.high:g} must hold 1 between them, pi_old / mu of a "
+            "token that both give the same probability, or all that is drawn on-policy is outside; change one of them",
+        ),
+        (
+            off or c.gating != "tv" or c.low > 0 or c.high < 1,
+            f"correction.high = {c.high:g} must be below 1 with correction.gating = tv: |mu - pi_old| is never more, "
+            "and nothing would be outside; lower it",
+        ),
+        (
             off or c.mode == "mask" or (c.level == "token" and c.gating == "ratio"),
             f"correction.mode = clip clamps the ratio of a token, not correction.level = {c.level} with "
             f"correction.gating = {c.gating}; use mode=mask, or level=token and gating=ratio",

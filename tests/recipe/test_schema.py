@@ -225,7 +225,7 @@ def test_home_and_variables_in_paths_are_filled_in(tmp_path: Path, monkeypatch: 
         (MINIMAL, ["steps=4"], ["override 'steps=4'", "section.key=value"]),
         (MINIMAL, ["train.steps=[4"], ["override 'train.steps=[4'", "not valid YAML"]),
         (MINIMAL, ["train.steps=many"], ["train.steps = 'many' must be a valid integer"]),
-        (MINIMAL, ["run.profile=3"], ["run.profile = 3 must be a valid list"]),
+        (MINIMAL, ["run.profile=3"], ["run.profile = 3 must be a list, for example run.profile=[3]"]),
         (MINIMAL, ["run.profile=[0]"], ["run.profile.0 = 0 must be greater than 0"]),
         (MINIMAL, ["train.steps=1.5"], ["train.steps = 1.5 must be a valid integer"]),
         (MINIMAL, ["train.steps="], ["train.steps = None must be a valid integer"]),
@@ -313,6 +313,14 @@ RULES = [
     (
         ["correction.level=token", "correction.low=3", "correction.high=2"],
         ["correction.low = 3 must be below correction.high = 2", "change one of them"],
+    ),
+    (
+        ["correction.level=token", "correction.low=2"],
+        ["correction.low = 2 and correction.high = 5 must hold 1 between them", "change one of them"],
+    ),
+    (
+        ["correction.level=sequence", "correction.gating=tv", "correction.low=0"],
+        ["correction.high = 5 must be below 1 with correction.gating = tv", "lower it"],
     ),
     (
         ["correction.level=sequence", "correction.mode=clip"],
