@@ -14,6 +14,7 @@ import pytest
 from dcpo_openrlhf import checkpoint
 from dcpo_openrlhf.checkpoint import CheckpointFolder, damage, file_sum, newest_whole
 from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.load import resolved_yaml
 from dcpo_openrlhf.recipe.resume import (
     MAY_DIFFER,
@@ -228,6 +229,29 @@ def test_a_named_checkpoint_must_be_one_and_be_whole(tmp_path: Path) -> None:
     _truncate(tmp_path / "checkpoints/step_000003")
     with pytest.raises(RecipeError, match=r"step_000003 is damaged: rank0.distcp has"):
         resume_point(make_recipe(tmp_path, checkpoint={"resume": str(tmp_path / "checkpoints/step_000003")}))
+
+
+def test_a_branch_without_a_checkpoint_of_its_own_begins_once_more_where_it_began(tmp_path: Path) -> None:
+    """auto would begin with the model's own weights."""
+    save(make_folder(tmp_path / "run"), make_recipe(tmp_path / "run"), 3)
+    point, branch = tmp_path / "run/checkpoints/step_000003", tmp_path / "branch"
+    named, auto = (make_recipe(branch, checkpoint={"resume": resume}) for resume in (point, "auto"))
+    prepare_run_folder(named, resume_point(named))
+    (branch / "metrics.jsonl").write_text('{"step": 4}\n')
+    with pytest.raises(RecipeError, match=f"began from {point} and has no whole .* checkpoint.resume={point}, or"):
+        resume_point(auto)
+    assert preflight._continues(named)
+    prepare_run_folder(named, resume_point(named))
+    assert (branch / "metrics.jsonl").read_text() == "" and (branch / "cut/001/metrics.jsonl").is_file()
+    save(make_folder(branch), auto, 4)
+    found = resume_point(auto)
+    assert found is not None and found.step == 4 and not preflight._continues(named)
+
+
+@pytest.mark.parametrize("text", ["", "old recipe", "checkpoint:", "checkpoint: {resume: never}", "{"])
+def test_auto_begins_anew_whatever_else_the_folders_recipe_says(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert resume_point(make_recipe(tmp_path, checkpoint={"resume": "auto"})) is None
 
 
 def test_a_recipe_that_would_continue_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 python -m tools.supervise [--restarts N] [--wait SECONDS] -- COMMAND --recipe FILE [section.key=value ...]
 
-The first start resumes what checkpoint.resume says, auto where COMMAND leaves it out; each other one resumes auto.
+The first start resumes what checkpoint.resume says, auto where COMMAND and recipe leave it out; each other one resumes
+auto, but a branch of another run that has no whole checkpoint yet begins once more where it began.
 """
 
 import argparse
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
+from dcpo_openrlhf.checkpoint import newest_whole
 from dcpo_openrlhf.recipe.load import load_recipe
 from dcpo_openrlhf.recipe.schema import Recipe, RecipeError
 from tools.run_folder import read_jsonl
@@ -20,22 +24,33 @@ from tools.run_folder import read_jsonl
 MEANT = {0: "done", 2: "recipe or data cannot run", 3: "ended by the monitor"}
 """Exit statuses of train_dcpo after which another start would change nothing."""
 RESUME = "checkpoint.resume="
+OVERRIDE = re.compile(r"\w+\.\w+=")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def recipe_of(command: Sequence[str]) -> Recipe:
     """The recipe that the command names, with what it sets after it. Raises RecipeError where there is none."""
-    if "--recipe" not in command[:-1]:
+    words = [part for word in command for part in (word.split("=", 1) if word.startswith("--recipe=") else [word])]
+    if "--recipe" not in words[:-1]:
         raise RecipeError(
             f"COMMAND must name a recipe, got {' '.join(command)!r}; give --recipe FILE, overrides after it"
         )
-    at = list(command).index("--recipe") + 1
-    return load_recipe(command[at], [word for word in command[at + 1 :] if "=" in word])
+    at = words.index("--recipe") + 1
+    if early := [word for word in words[: at - 1] if OVERRIDE.match(word)]:
+        raise RecipeError(f"COMMAND sets {', '.join(early)} before --recipe; put overrides after --recipe FILE")
+    return load_recipe(words[at], [word for word in words[at + 1 :] if "=" in word])
 
 
 def resuming(command: Sequence[str]) -> list[str]:
     """The command, from the newest whole checkpoint of its run folder."""
     return [*(word for word in command if not word.startswith(RESUME)), f"{RESUME}auto"]
+
+
+def next_command(command: Sequence[str], recipe: Recipe) -> list[str]:
+    """What follows a fault of `command`."""
+    named = isinstance(recipe.checkpoint.resume, Path)
+    begun = not named or newest_whole(recipe.run.dir / "checkpoints", quick=True) is not None
+    return resuming(command) if begun else list(command)
 
 
 def last_step(recipe: Recipe) -> int:
@@ -60,6 +75,8 @@ class Supervisor:
     def run(self, command: Sequence[str]) -> int:
         """Exit status of one start, 128 + signal where one ended it."""
         self.process = subprocess.Popen(command)
+        if self.told_to_end:  # before there was a process to tell
+            self.process.send_signal(signal.SIGTERM)
         status = self.process.wait()
         return 128 - status if status < 0 else status
 
@@ -80,7 +97,7 @@ class Supervisor:
                 return status
             print(f"{say}; start {used + 1} of --restarts {restarts} in {wait_s:g} s", flush=True)
             seen.add(step)
-            command = resuming(command)
+            command = next_command(command, recipe)
             self.wait(wait_s)
             if self.told_to_end:
                 return status
@@ -100,10 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--restarts", type=int, default=5, help="starts after the first one, in all")
     parser.add_argument("--wait", type=float, default=10.0, help="seconds before each: devices become free meanwhile")
     options = parser.parse_args(own)
-    if not any(word.startswith(RESUME) for word in command):
-        command = resuming(command)
+    if options.restarts < 0:
+        parser.error(f"--restarts must be 0 or more, got {options.restarts}")
     try:
         recipe = recipe_of(command)
+        if recipe.checkpoint.resume == "never" and not any(word.startswith(RESUME) for word in command):
+            command = resuming(command)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -298,9 +298,11 @@ def _run_folder(recipe: Recipe) -> Iterator[str]:
 
 def _continues(recipe: Recipe) -> bool:
     """Does checkpoint.resume mean the run that run.dir holds?"""
-    resume = recipe.checkpoint.resume
+    named = recipe.checkpoint.resume
     own = (recipe.run.dir / "checkpoints").absolute()
-    return resume == "auto" or (isinstance(resume, Path) and resume.absolute().parent == own)
+    if not isinstance(named, Path):
+        return named == "auto"
+    return named.absolute().parent == own or named == resume.branched_from(recipe)
 
 
 def _resume(recipe: Recipe) -> Iterator[str]:

@@ -154,10 +154,23 @@ def keep_chosen(recipe: Recipe) -> Recipe:
 def _recorded(recipe: Recipe) -> dict[str, Any]:
     """The recipe.yaml of the run whose responses are replayed; nothing where it is not there."""
     folder = recipe.rollout.replay
-    for file in () if folder is None else (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-            return yaml.safe_load(file.read_text()) or {}
-    return {}
+    return {} if folder is None else _kept(folder) or _kept(folder.parent)
+
+
+def _kept(run: Path) -> dict[str, Any]:
+    """The recipe.yaml of a run folder; nothing where it is not there."""
+    found = None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load((run / "recipe.yaml").read_text())
+    return found if isinstance(found, dict) else {}
+
+
+def branched_from(recipe: Recipe) -> Path | None:
+    """The checkpoint of another run that the one in run.dir began from, while it has no whole one of its own."""
+    own, kept = recipe.run.dir / "checkpoints", _kept(recipe.run.dir).get("checkpoint") or {}
+    if (began := kept.get("resume", "never")) in ("never", "auto") or Path(began).absolute().parent == own.absolute():
+        return None
+    return None if newest_whole(own, quick=True) else Path(began)
 
 
 def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:
@@ -165,6 +178,11 @@ def _found(recipe: Recipe, *, quick: bool) -> Checkpoint | None:
     resume = recipe.checkpoint.resume
     auto = resume == "auto"
     found = newest_whole(recipe.run.dir / "checkpoints", quick=quick) if auto else _named(Path(resume), quick)
+    if found is None and (began := branched_from(recipe)):
+        raise RecipeError(
+            f"checkpoint.resume = auto: the run in {recipe.run.dir} began from {began} and has no whole checkpoint of "
+            f"its own; name that one again, checkpoint.resume={began}, or start a new run.dir"
+        )
     if found and not (found.path / STATE).is_file():  # tools.import_hf writes weights alone
         raise RecipeError(
             f"checkpoint.resume = {resume}: {found.path} belongs to no run (no {STATE}), as tools.import_hf writes it; "
