@@ -40,6 +40,10 @@ class Checkpoint:
         """What the driver saved beside the policy."""
         return json.loads((self.path / STATE).read_text())
 
+    def scores(self) -> dict[str, float]:
+        """What `keep_best` compares, as far as it was known."""
+        return json.loads((self.path / MANIFEST).read_text())["scores"]
+
 
 def file_sum(path: Path) -> FileSum:
     """Size and CRC-32 of a file, read in chunks."""
@@ -198,7 +202,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
 
 
 def _best(whole: list[Checkpoint]) -> Checkpoint | None:
-    scores = {c: json.loads((c.path / MANIFEST).read_text())["scores"] for c in whole}
+    scores = {c: c.scores() for c in whole}
     for name in ("heldout_accuracy", "reward_mean"):
         having = [c for c in whole if name in scores[c]]
         if having:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,7 @@ class DCPOTrainer(BasePPOTrainer):
                     self.settle(step)
             self.profile.end(step)
             del samples, experiences  # before the next step's come: gigabytes of a large one
-            if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.train.steps:
-                self.settle(step, heldout_accuracy=self.evaluate(step))
+            self.evaluate_between(step)
             if recipe.checkpoint.every and (step % recipe.checkpoint.every == 0 or self.monitor.stopping):
                 self.begin_checkpoint()
             self.timeline.write(step)
@@ -159,6 +158,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.history, self.before = state["history"], state["heldout_before"]
         self.begin -= 60 * state["minutes"]
         self.checkpoints.saved_step = self.point.step
+        self.evaluate_between(self.point.step, made=self.point.scores())  # a signal or an error may have come before it
         return self.point.step
 
     def settle(self, step: int, *, heldout_accuracy: float | None = None) -> None:
@@ -324,6 +324,14 @@ class DCPOTrainer(BasePPOTrainer):
         self.timeline.close()
         if self.monitor.stopping:
             raise MonitorStop(self.monitor.stopping, saved=what_is_kept(self.recipe, self.checkpoints.saved_step))
+
+    def evaluate_between(self, step: int, made: Collection[str] = ()) -> None:
+        """What evaluation.every asks for after a step before the last; `made`: the scores of its checkpoint."""
+        every = self.recipe.evaluation.every
+        if every and step % every == 0 and step < self.recipe.train.steps and "heldout_accuracy" not in made:
+            self.settle(step, heldout_accuracy=self.evaluate(step))
+            assert self.settled is not None
+            self.checkpoints.score(step, self.settled[1])
 
     @phase("evaluation")
     def evaluate(self, global_step: int, **_: Any) -> float | None:  # type: ignore[override]

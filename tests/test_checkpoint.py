@@ -390,6 +390,9 @@ def make_run(run: Path) -> None:
 
 def test_what_lies_beyond_the_checkpoint_is_cut_and_kept(tmp_path: Path) -> None:
     make_run(tmp_path)
+    for name in ("step_000003_driver.json", "step_000004_driver.json"):
+        (tmp_path / "profile").mkdir(exist_ok=True)
+        (tmp_path / "profile" / name).write_text("{}")
     recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     prepare_run_folder(recipe, checkpoint.Checkpoint(tmp_path / "checkpoints/step_000003", 3))
@@ -400,6 +403,8 @@ def test_what_lies_beyond_the_checkpoint_is_cut_and_kept(tmp_path: Path) -> None
     assert (tmp_path / "timeline.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_000003.jsonl"]
     assert len(list((cut / "samples").iterdir())) == 3
+    assert [p.name for p in (tmp_path / "profile").iterdir()] == ["step_000003_driver.json"]
+    assert [p.name for p in (cut / "profile").iterdir()] == ["step_000004_driver.json"]
     assert steps(tmp_path) == [3] and damage(cut / "checkpoints/step_000005") is None
     assert (cut / "recipe.yaml").read_text() == "old recipe"
     assert (tmp_path / "recipe.yaml").read_text() == resolved_yaml(recipe)
@@ -411,6 +416,7 @@ def test_auto_without_a_whole_checkpoint_begins_anew_and_keeps_what_was(tmp_path
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert len((tmp_path / "cut/001/metrics.jsonl").read_text().splitlines()) == 6
     assert (tmp_path / "evaluation.jsonl").read_text() == ""  # step 0 is evaluated again
+    assert (tmp_path / "timeline.jsonl").read_text() == ""  # nor is there another start
     prepare_run_folder(make_recipe(tmp_path, checkpoint={"resume": "auto"}), None)
     assert (tmp_path / "cut/002/recipe.yaml").is_file()
 
@@ -422,12 +428,26 @@ def test_an_evaluation_that_is_made_again_stands_once(tmp_path: Path) -> None:
     assert (tmp_path / "evaluation.jsonl").read_text() == '{"step": 0}\n'
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_of_is_made_again(tmp_path: Path) -> None:
+    """It was written just before a signal came; the resumed run evaluates that step."""
+    make_run(tmp_path)
+    (tmp_path / "evaluation.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+    recipe, point = make_recipe(tmp_path, checkpoint={"resume": "auto"}), tmp_path / "checkpoints/step_000003"
+    prepare_run_folder(recipe, checkpoint.Checkpoint(point, 3))
+    assert (tmp_path / "evaluation.jsonl").read_text() == '{"step": 0}\n'
+    make_folder(tmp_path).score(3, {"heldout_accuracy": 0.5})
+    (tmp_path / "evaluation.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+    prepare_run_folder(recipe, checkpoint.Checkpoint(point, 3))
+    assert (tmp_path / "evaluation.jsonl").read_text() == '{"step": 0}\n{"step": 3}\n'
+
+
 def test_files_that_no_run_writes_stay_where_they_are(tmp_path: Path) -> None:
     make_run(tmp_path)
-    for name in ("samples/my_notes.txt", "samples/look_at_000099", "checkpoints/step_old"):
+    for name in ("samples/my_notes.txt", "samples/look_at_000099", "checkpoints/step_old", "problems.jsonl"):
         (tmp_path / name).write_text("mine")
     recipe = make_recipe(tmp_path, checkpoint={"resume": "auto"})
     prepare_run_folder(recipe, checkpoint.Checkpoint(tmp_path / "checkpoints/step_000003", 3))
+    assert (tmp_path / "problems.jsonl").read_text() == "mine"
     assert (tmp_path / "samples/my_notes.txt").exists() and (tmp_path / "samples/look_at_000099").exists()
     assert (tmp_path / "checkpoints/step_old").exists() and steps(tmp_path) == [3]
 

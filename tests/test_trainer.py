@@ -79,6 +79,41 @@ def test_an_evaluation_counts_successes_and_names_the_mean_reward_apart(tmp_path
     assert row == {"step": 4, "heldout_accuracy": 0.5, "heldout_reward": -0.5, "responses": 2}
 
 
+@pytest.mark.parametrize(
+    ("step", "made", "evaluated"),
+    [(2, (), True), (2, ("reward_mean",), True), (2, ("heldout_accuracy",), False), (3, (), False), (4, (), False)],
+)
+def test_an_evaluation_between_is_made_once(step: int, made: tuple[str, ...], evaluated: bool) -> None:
+    """A checkpoint that a signal saved before the evaluation of its step has no score of it."""
+    calls: list[Any] = []
+    fake = trainer(make_recipe(train={"steps": 4}, evaluation={"every": 2}))
+    fake.settled = ({}, {"heldout_accuracy": 0.5})
+    fake.evaluate = lambda step: 0.5
+    fake.settle = lambda *what, **scores: calls.append((*what, scores))
+    fake.checkpoints = SimpleNamespace(score=lambda *what: calls.append(what))
+    DCPOTrainer.evaluate_between(fake, step, made)
+    assert calls == ([(step, {"heldout_accuracy": 0.5})] * 2 if evaluated else [])
+
+
+def test_a_resume_makes_the_evaluation_that_its_checkpoint_lacks(tmp_path: Path, monkeypatch: Any) -> None:
+    """`start` asks for it with the checkpoint's scores, after everything else is as it was."""
+    state: dict[str, Any] = dict.fromkeys(("prompts", "controller", "monitor", "heldout_before"))
+    state |= {"weights_version": 3, "grader": [0, 0, 0], "history": [{"train/step": 2}], "minutes": 1.0}
+    did: list[Any] = []
+    part = SimpleNamespace(load_state_dict=lambda _: None, load=lambda *_, **__: None)
+    fake = trainer(make_recipe())
+    fake.point = SimpleNamespace(step=2, path=tmp_path, state=lambda: state, scores=lambda: {"reward_mean": 0.5})
+    fake.actor_model_group = SimpleNamespace(async_run_method=lambda *_: [None])
+    fake.prompts = fake.controller = fake.monitor = fake.ahead = part
+    fake.grader, fake.checkpoints, fake.begin = SimpleNamespace(), SimpleNamespace(), 100.0
+    fake.sync_weights = lambda: did.append("sync")
+    fake.evaluate_between = lambda step, made: did.append((step, made, fake.history))
+    monkeypatch.setattr("dcpo_openrlhf.trainer.ray", SimpleNamespace(get=lambda found: found))
+    monkeypatch.setattr("dcpo_openrlhf.trainer.make_cost", lambda *_: None)
+    assert DCPOTrainer.start(fake) == 2
+    assert did == ["sync", (2, {"reward_mean": 0.5}, [{"train/step": 2}])]
+
+
 def test_stopwatch_laps_add_up_to_the_step() -> None:
     clock = Stopwatch()
     clock.lap("rollout")

@@ -273,11 +273,13 @@ def held(folder: Path) -> Iterator[None]:
 def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
     """A run folder that holds nothing beyond the checkpoint's step; what it held is moved to cut/NNN/, nothing is lost.
 
-    Rows of *.jsonl whose step is above the checkpoint's (and a torn last line), samples and checkpoints of later steps,
+    Rows whose step is above the checkpoint's (and a torn last line), samples, traces and checkpoints of later steps,
     evaluations that will be made again, the report, and the recipe that was in force. Files that no run writes stay.
     """
     folder, last = recipe.run.dir, point.step if point else 0
-    evaluated = last - 1 if last in (0, recipe.train.steps) else last
+    stands = point is not None and last < recipe.train.steps and "heldout_accuracy" in point.scores()
+    rows_to = {"metrics": last, "events": last, "evaluation": last if stands else last - 1}
+    rows_to["timeline"] = last if point else -1  # with no step the start goes too
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STOP).unlink(missing_ok=True)
     if recipe.checkpoint.resume != "never" and (folder / "recipe.yaml").exists():
@@ -288,13 +290,18 @@ def prepare_run_folder(recipe: Recipe, point: Checkpoint | None) -> None:
         for made in (REPORT, "hf"):  # of the steps that are made again
             if (folder / made).exists():
                 (folder / made).rename(cut / made)
-        for file in folder.glob("*.jsonl"):
-            _cut_rows(file, cut / file.name, evaluated if file.name == "evaluation.jsonl" else last)
-        for later in [*folder.glob("samples/*_*"), *folder.glob("checkpoints/step_*")]:
+        for name, kept in rows_to.items():
+            if (file := folder / f"{name}.jsonl").is_file():
+                _cut_rows(file, cut / file.name, kept)
+        for later in [
+            path for made in ("samples/*_*", "profile/*_*", "checkpoints/step_*") for path in folder.glob(made)
+        ]:
             if (number := _OF_A_STEP.match(later.name)) and int(number[1]) > last:
                 (cut / later.parent.name).mkdir(exist_ok=True)
                 later.rename(cut / later.parent.name / later.name)
-    (folder / "recipe.yaml").write_text(resolved_yaml(recipe))
+    aside = folder / ".recipe.yaml.partial"
+    aside.write_text(resolved_yaml(recipe))
+    aside.rename(folder / "recipe.yaml")
 
 
 def _cut_rows(file: Path, side: Path, last: int) -> None:
