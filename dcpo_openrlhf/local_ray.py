@@ -31,6 +31,8 @@ START_BOUNDS = {
     "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
 }
 """Ray's own are 1 to 60 s. It reads them when it is imported, its servers when they start."""
+ORPHANS_END = {"RAY_process_group_cleanup_enabled": "true"}
+"""The node ends what a worker that died leaves behind: vLLM's process watches its actor only once it has begun."""
 OUR_MISTAKE = (ValueError, TypeError, LookupError, AssertionError, ImportError, PermissionError)
 """Errors of a start that load does not explain."""
 
@@ -57,6 +59,8 @@ def start(**options: Any) -> Any:
     meanwhile.
     """
     raise_bounds()
+    for name, value in ORPHANS_END.items():
+        os.environ.setdefault(name, value)
     import ray  # not before: it would read its own bounds
 
     with orphans_adopted(), _signals_left_alone():

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from dcpo_openrlhf import local_ray
-from tests.bounds import HANG_S
+from tests.bounds import ENDS_S, HANG_S
 
 ROOT = Path(__file__).parents[1]
 TIMED_OUT = "The current node timed out during startup.\nThe rest of it."
@@ -217,3 +217,35 @@ def test_a_node_that_is_late_fails_within_rays_bounds_and_is_ended_and_the_next_
 def test_a_node_that_is_late_is_up_within_the_raised_bounds(short: Path) -> None:
     done = start_really(short, 1, **SLOW_NODE)
     assert (done.returncode, done.stdout) == (0, "answer 42\n"), done.stderr
+
+
+ORPHAN = """
+import os, signal, subprocess, sys
+import psutil
+from dcpo_openrlhf import local_ray
+
+local_ray.start(num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1])
+import ray
+
+@ray.remote
+class Engine:
+    def begin(self):
+        return os.getpid(), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]).pid
+
+engine = Engine.remote()
+actor, child = ray.get(engine.begin.remote())
+process = psutil.Process(child)
+os.kill(actor, signal.SIGKILL)
+try:
+    process.wait(float(sys.argv[2]))
+finally:
+    ray.shutdown()
+"""
+
+
+def test_what_a_killed_worker_began_ends_with_it(short: Path) -> None:
+    """As vLLM's process of an engine that is killed while it starts, before anything there watches the actor."""
+    known = {name: value for name, value in os.environ.items() if name not in local_ray.ORPHANS_END}
+    words = [sys.executable, "-c", ORPHAN, str(short / "r"), str(ENDS_S)]
+    done = subprocess.run(words, cwd=ROOT, env=known, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
