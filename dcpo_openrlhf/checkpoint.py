@@ -4,6 +4,7 @@
 and manifest.json (size and checksum of every other file). What a resumed run takes back lies in <run folder>/cut/NNN/.
 """
 
+import errno
 import json
 import logging
 import os
@@ -16,10 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dcpo_openrlhf.errors import RunError
+
 logger = logging.getLogger(__name__)
 
 MANIFEST, STATE = "manifest.json", "run.json"
 STEP_NAME = re.compile(r"step_(\d{6,})")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+FULL = 1 << 20
+"""Bytes; a disk with less than these has no room."""
 _CHUNK = 1 << 22
 _READERS = 8
 
@@ -208,6 +214,23 @@ def _best(whole: list[Checkpoint]) -> Checkpoint | None:
         if having:
             return max(having, key=lambda c: (scores[c][name], c.step))
     return None
+
+
+def disk_full(error: BaseException, run: Path) -> RunError | None:
+    """What to say where the run folder's disk had no room for a file, here or in an actor; None for another error."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in NO_ROOM):
+        cause = cause.__cause__ or cause.__context__
+    free = shutil.disk_usage(run).free
+    told = any(os.strerror(number) in str(error) for number in NO_ROOM)  # an actor's error is a text, if it says that
+    if cause is None and not told and free >= FULL:
+        return None
+    newest = newest_whole(run / "checkpoints", quick=True)
+    kept = f"step {newest.step}, which is whole" if newest else "none, so the run begins anew"
+    return RunError(
+        f"no room to write into run.dir = {run}: {free / 2**20:.0f} MiB are free now; its newest checkpoint is {kept}. "
+        "Make room (an older run, checkpoint.keep_last), then continue with checkpoint.resume=auto"
+    )
 
 
 def _crc(value: Any) -> int:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from dcpo_openrlhf import local_ray, signals
-from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.checkpoint import disk_full
+from dcpo_openrlhf.errors import RunError, one_line
 from dcpo_openrlhf.monitor.causes import MonitorStop
 from dcpo_openrlhf.prompts import read_prompts
 from dcpo_openrlhf.recipe import preflight, resume
@@ -96,7 +97,8 @@ def run(recipe: Recipe, *, serving: Any = None, then: Callable[["DCPOTrainer"], 
 
             if c.every:
                 _save_after_error(trainer, c.error_timeout)
-            if (told := deaths.told(error, trainer.actor_model_group)) is not None:
+            told = disk_full(error, recipe.run.dir) or deaths.told(error, trainer.actor_model_group)
+            if told is not None and not isinstance(error, RunError):
                 raise told from error
             raise
 
@@ -151,7 +153,7 @@ def _before_exit(save: Callable[[], Any], seconds: float, *, bound: str = "check
     except signals.OutOfTime:
         logger.warning("no checkpoint of the last step: %s is over; the last whole one stays", bound)
     except Exception as error:
-        logger.warning("no checkpoint of the last step (%s); the last whole one stays", error)
+        logger.warning("no checkpoint of the last step (%s); the last whole one stays", one_line(error))
 
 
 def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:

@@ -479,3 +479,14 @@ def test_a_file_system_without_locks_is_told(
     with held(tmp_path):
         (warning,) = caplog.messages
     assert "has no locks (No locks available)" in warning
+
+
+def test_a_full_disk_is_told_by_its_cause_or_by_an_actors_words(tmp_path: Path) -> None:
+    full, other = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EIO, os.strerror(errno.EIO))
+    caused = RuntimeError("a rank could not write its part")
+    caused.__cause__ = full
+    for error in (full, caused, RuntimeError(f"Worker failure: {full}")):
+        told = checkpoint.disk_full(error, tmp_path)
+        assert told is not None and f"no room to write into run.dir = {tmp_path}: " in str(told)
+        assert "its newest checkpoint is none, so the run begins anew" in str(told)
+    assert checkpoint.disk_full(other, tmp_path) is None and checkpoint.disk_full(ValueError("no"), tmp_path) is None

@@ -1,5 +1,12 @@
 """Real engines and a real policy, hurt in the middle of a run: the run ends as one that nothing disturbed."""
 
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +37,7 @@ def test_a_hurt_run_ends_with_the_metrics_of_the_whole_one(name: str, recipe: Pa
     outcome = faults.run(name, recipe.parent, str(recipe), hangs)
     assert outcome.status == 0, outcome.log[-3000:]
     assert "done" in outcome.seconds, "the fault did not come"
-    assert name == "kill-rank" or "noticed" in outcome.seconds, outcome.log[-3000:]
+    assert name in ("kill-rank", "full-store") or "noticed" in outcome.seconds, outcome.log[-3000:]
     assert [row["step"] for row in outcome.rows] == list(range(1, STEPS + 1))
     assert [row["weights/version"] for row in outcome.rows] == list(range(2, STEPS + 2))
     assert faults.difference(outcome.rows, whole.rows) == 0.0, "fp32, equal batches"
@@ -82,3 +89,42 @@ def test_what_is_lost_of_the_responses_drawn_ahead(engines: int, recipe: Path) -
     assert ages == [[0, 1, 1], [0, 1 if engines == 2 else 0, 1]]
     if engines == 2:
         assert faults.difference(hurt.rows, whole.rows) < 1e-3, "other batches round differently"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 100 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("left", "asynchronous"), [(0, False), (200_000, False), (200_000, True)])
+def test_a_full_disk_ends_the_run_with_what_is_whole(
+    left: int, asynchronous: bool, recipe: Path, whole: faults.Outcome, small_disk: Path
+) -> None:
+    """No room for a step's samples, or for the second checkpoint alone; with room again the run goes on."""
+    words = ["--recipe", str(recipe), f"run.dir={small_disk}/run", f"checkpoint.asynchronous={asynchronous}"]
+    command = [sys.executable, "-m", "dcpo_openrlhf.train_dcpo", *words]
+    filler, saved = small_disk / "filler", small_disk / "run" / "checkpoints" / "step_000001"
+    with subprocess.Popen(command, cwd=faults.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while run.poll() is None and not saved.exists():
+            time.sleep(0.02)
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while (free := shutil.disk_usage(small_disk).free) > left:
+                file.write(bytes(min(free - left, 1 << 16)))
+        _, errors = run.communicate(timeout=300)
+    assert run.returncode == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"error: no room to write into run.dir = {small_disk}/run: "), errors[-3000:]
+    assert "its newest checkpoint is step 1, which is whole" in last and "checkpoint.resume=auto" in last
+    filler.unlink()
+    done = subprocess.run([*command, "checkpoint.resume=auto"], cwd=faults.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (small_disk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert faults.difference(rows, whole.rows) == 0.0

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from dcpo_openrlhf.errors import RunError
+from dcpo_openrlhf.errors import RunError, one_line
 from dcpo_openrlhf.local_ray import out_of_memory
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 2.0
 KILL_S = 20.0
 """Killed processes must be gone after this long; their devices are needed for the next ones."""
-LINE = 600
-"""Characters of someone else's error that are repeated in ours."""
 REMEDY = "see its log in Ray's session folder (logs/worker-*.err); resume from the last checkpoint"
 
 
@@ -374,10 +371,3 @@ def what_it_did(error: RayError) -> str:
     if (killed := out_of_memory(error)) is not None:
         return killed
     return f"failed ({one_line(error)})"
-
-
-def one_line(error: BaseException) -> str:
-    """The error's beginning, without the remote traceback that Ray's own message repeats."""
-    cause = getattr(error, "cause", None) or error
-    text = textwrap.shorten(str(cause), LINE, placeholder=" ...")
-    return text if isinstance(cause, RunError) or not text else f"{type(cause).__name__}: {text}"

@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
+from dcpo_openrlhf import local_ray
 from dcpo_openrlhf.local_ray import adopt_orphans, descendants
 from dcpo_openrlhf.recipe.load import load_recipe
 from tools.bench import publish
@@ -32,13 +34,15 @@ from tools.demo import ROOT
 
 STEP, STEPS = 2, 3
 MARK = "fault: "
+STORE_BYTES = 96 << 20
+"""Ray's object store, where it is to be filled."""
 
 
 @dataclass(frozen=True)
 class Fault:
     what: str
     victim: str
-    """actor or worker of the first engine, or rank: the policy's."""
+    """actor or worker of the first engine, rank: the policy's, or store: Ray's, which is filled."""
     number: int
     moment: str
     """begin: requests are about to go. generate: they are on their way. sync: calls to the engines are. train: an
@@ -53,6 +57,7 @@ FAULTS = {
     "stop-worker": Fault("SIGSTOP of vLLM's worker while it generates", "worker", signal.SIGSTOP, "generate"),
     "sync-kill": Fault("kill -9 of vLLM's worker during a weight sync", "worker", signal.SIGKILL, "sync"),
     "sync-stop": Fault("SIGSTOP of vLLM's worker during a weight sync", "worker", signal.SIGSTOP, "sync"),
+    "full-store": Fault("Ray's object store is full when an update begins", "store", 0, "train"),
     "kill-rank": Fault("kill -9 of a policy rank during an update, tools.supervise", "rank", signal.SIGKILL, "train"),
 }
 
@@ -84,6 +89,8 @@ def tiny_recipe(folder: Path) -> Path:
 
 def hurt_at_its_moment(fault: Fault, once: Path) -> None:
     """Let this process's run hurt itself in step STEP, the first time that it gets there; `once` remembers."""
+    if fault.victim == "store":
+        os.environ |= {"RAY_max_direct_call_object_size": "0"}  # small objects go there too; Ray reads it when imported
     from dcpo_openrlhf import train_dcpo
     from dcpo_openrlhf.rollout.healing import EnginePool
     from dcpo_openrlhf.trainer import DCPOTrainer
@@ -114,6 +121,7 @@ def hurt_at_its_moment(fault: Fault, once: Path) -> None:
         setattr(cls, name, wrapped)
 
     doing = [""]
+    held: list[Any] = []
 
     def remember(pool: EnginePool, *_: Any, **named: Any) -> None:
         doing[0] = named["doing"]
@@ -134,12 +142,22 @@ def hurt_at_its_moment(fault: Fault, once: Path) -> None:
             hurt(victims(pool), fault.number)
 
     def in_an_update(_: Any, step: int) -> None:
-        if step == STEP and not once.exists():
+        if step != STEP or once.exists():
+            return
+        if fault.victim == "store":
+            held.extend(ray.put(np.zeros(2**20, np.uint8)) for _ in range(STORE_BYTES >> 20))
+            hurt([], fault.number)
+        else:
             ranks = [
                 p.pid for p in descendants() if "Actor" in (name := " ".join(p.cmdline())) and "Rollout" not in name
             ]
             hurt([pid for pid in ranks[-1:]], fault.number)
 
+    if fault.victim == "store":
+        import ray
+
+        start = local_ray.start
+        local_ray.start = lambda **options: start(**options, object_store_memory=STORE_BYTES)  # type: ignore[assignment]
     before(EnginePool, "_restart", lambda *_: tell("noticed"))
     if fault.moment in ("begin", "generate"):
         before(EnginePool, "begin", remember)
