@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 SMALLEST = {
     "against_openrlhf": "--prompts 2 --group-size 2 --new-tokens 4 --steps 2",
     "ahead": "--steps 4 --rounds 1 train.prompts_per_step=2 train.prompts_per_update=2 train.group_size=2",
-    "driver": "--responses 16 --tokens 16 --group 4 --repeats 1",
-    "faults": "--only kill-worker rollout.heartbeat=60",
+    "driver": "--responses 64 --tokens 16 --group 4 --updates 2 --repeats 1",
+    "faults": "rollout.heartbeat=60 --only kill-worker",
     "rollout": "--repeats 1 --workloads 2x2x4",
     "shared_prompts": "--shapes 8/4 --prompts 1 --group-size 2 --repeats 1",
     "startup": "train.prompts_per_step=2 train.prompts_per_update=2 train.group_size=2",
