@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 MANIFEST, STATE = "manifest.json", "run.json"
 STEP_NAME = re.compile(r"step_(\d{6,})")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-FULL = 1 << 20
-"""Bytes; a disk with less than these has no room."""
 _CHUNK = 1 << 22
 _READERS = 8
 
@@ -221,11 +219,9 @@ def disk_full(error: BaseException, run: Path) -> RunError | None:
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in NO_ROOM):
         cause = cause.__cause__ or cause.__context__
-    free = shutil.disk_usage(run).free
-    told = any(os.strerror(number) in str(error) for number in NO_ROOM)  # an actor's error is a text, if it says that
-    if cause is None and not told and free >= FULL:
+    if cause is None and not any(os.strerror(number) in str(error) for number in NO_ROOM):  # an actor's is a text
         return None
-    newest = newest_whole(run / "checkpoints", quick=True)
+    newest, free = newest_whole(run / "checkpoints", quick=True), shutil.disk_usage(run).free
     kept = f"step {newest.step}, which is whole" if newest else "none, so the run begins anew"
     return RunError(
         f"no room to write into run.dir = {run}: {free / 2**20:.0f} MiB are free now; its newest checkpoint is {kept}. "
