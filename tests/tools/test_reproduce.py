@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,43 +67,74 @@ def test_identity_tells_other_keys_and_not_where_a_run_lies() -> None:
 
 
 def test_small_runs_share_their_engines() -> None:
+    """But for those that generate ahead, which share theirs."""
     small = [load_recipe(RECIPES["small"], overrides(c)) for c in CELLS.values() if c.model == "small"]
+    for ahead in (0, 1):
+        first, *others = (shared_settings(recipe) for recipe in small if recipe.rollout.ahead == ahead)
+        assert others and all(settings == first for settings in others)
     first = shared_settings(small[0])
-    assert all(shared_settings(recipe) == first for recipe in small)
     assert shared_settings(load_recipe(RECIPES["smollm2"], ["model.path=/nowhere"])) != first
 
 
 # --- the task and its model ------------------------------------------------------------------------------------------
 
 
-def test_traces_are_right_and_differ() -> None:
-    rng, task = random.Random(1), tasks.TASK
+def test_signs_are_taught_right_answers_that_differ() -> None:
+    rng, task = random.Random(1), tasks.SIGNS
     for problem in task.problems()[:50]:
         answers = {task.trace(problem, rng) for _ in range(5)}
         assert len(answers) > 1
-        assert all(tasks.right(problem, answer) for answer in answers)
+        assert all(task.right(problem, answer) for answer in answers)
+
+
+def test_sums_are_taught_what_pupils_write() -> None:
+    """Whose slips are seen through, who carries every 2 as 1, and who does neither."""
+    problems = tasks.SUMS.problems()
+    shares = {}
+    for name, slip, forget in (("taught", 0.22, 0.7), ("carries 1", 0.0, 1.0), ("exact", 0.0, 0.0)):
+        rng, task = random.Random(1), replace(tasks.SUMS, slip=slip, forget=forget)
+        answers = [task.trace(problem, rng) for problem in problems]
+        assert all(0 <= int(word) < tasks.TOTALS for answer in answers for word in answer.split())
+        shares[name] = sum(map(tasks.SUMS.right, problems, answers)) / len(problems)
+    assert shares["exact"] == 1.0
+    assert shares["taught"] == pytest.approx(0.35, abs=0.02)
+    assert shares["carries 1"] == pytest.approx(0.80, abs=0.02)
 
 
 @pytest.mark.parametrize(
-    ("response", "is_right"),
+    ("problem", "response", "is_right"),
     [
-        ("+5 +4 =-4 +2 -6 =0", True),
-        ("-6 +2 =9 +5 +4 =0", True),
-        ("+5 +4 =40 +2 -6 =40", True),  # what is left is not graded
-        ("+5 +4 +2 -6", True),
-        ("-5 +4 =6 -2 +6 =2", True),  # 3, which is near enough
-        ("+5 +4 =-4 +2 +6 =0", False),  # 17
-        ("+5 +4 -6 -2", False),  # 1
-        ("+5 =0", False),  # numbers are missing
-        ("+5 +4 +2 -6 +1 -1", False),
-        ("+5 +5 +5 -10", False),
-        ("", False),
+        ("reach 5 with 2 4 5 6 :", "+5 +4 =-4 +2 -6 =0", True),
+        ("reach 5 with 2 4 5 6 :", "-6 +2 =9 +5 +4 =0", True),
+        ("reach 5 with 2 4 5 6 :", "+5 +4 =40 +2 -6 =40", True),  # what is left is not graded
+        ("reach 5 with 2 4 5 6 :", "+5 +4 +2 -6", True),
+        ("reach 5 with 2 4 5 6 :", "-5 +4 =6 -2 +6 =2", True),  # 3, which is near enough
+        ("reach 5 with 2 4 5 6 :", "+5 +4 =-4 +2 +6 =0", False),  # 17
+        ("reach 5 with 2 4 5 6 :", "+5 +4 -6 -2", False),  # 1
+        ("reach 5 with 2 4 5 6 :", "+5 =0", False),  # numbers are missing
+        ("reach 5 with 2 4 5 6 :", "+5 +4 +2 -6 +1 -1", False),
+        ("reach 5 with 2 4 5 6 :", "+5 +5 +5 -10", False),
+        ("reach 5 with 2 4 5 6 :", "", False),
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "24 8 4", True),
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "24 7 4", True),  # one total is wrong
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "23 8 5", False),
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "24 8", False),
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "24 8 4 0", False),
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "24 8 add", True),
+        ("add 9 8 7 , 1 2 3 , 4 0 0 :", "", False),
     ],
 )
-def test_grader(response: str, is_right: bool) -> None:
-    problem = "reach 5 with 2 4 5 6 :"
-    (grade,) = tasks.grade([(problem, response, "-", "signs", {})])
-    assert (grade["reward"], grade["success"]) == (is_right, is_right)
+def test_what_is_right(problem: str, response: str, is_right: bool) -> None:
+    task = tasks.SIGNS if problem.startswith("reach") else tasks.SUMS
+    assert task.right(problem, response) == is_right
+
+
+def test_the_grader_of_a_recipe() -> None:
+    problem = tasks.SUMS.problems()[0]
+    exact = replace(tasks.SUMS, slip=0.0, forget=0.0).trace(problem, random.Random(1))
+    good, bad = tasks.grade([(problem, exact, "-", "sums", {}), (problem, "0 0 0 0 0 0", "-", "sums", {})])
+    assert (good["reward"], good["success"], good["extracted"]) == (1.0, 1.0, exact)
+    assert (bad["reward"], bad["success"]) == (0.0, 0.0)
 
 
 def test_what_can_be_reached_by_trying_all_signs() -> None:
@@ -114,8 +146,9 @@ def test_what_can_be_reached_by_trying_all_signs() -> None:
     assert {n for n in range(-20, 21) if bits >> (n + tasks.FAR) & 1} == sums
 
 
-def test_the_tokenizer_goes_there_and_back() -> None:
-    task, rng = tasks.TASK, random.Random(2)
+@pytest.mark.parametrize("task", [tasks.SUMS, tasks.SIGNS], ids=["sums", "signs"])
+def test_the_tokenizer_goes_there_and_back(task: tasks.Task) -> None:
+    rng = random.Random(2)
     tokenizer = small_model.make_tokenizer(task)
     for problem in task.problems()[:20]:
         for text in (problem, task.trace(problem, rng)):
@@ -264,18 +297,18 @@ def test_the_archive_gives_back_what_it_took_and_repeats(tmp_path: Path) -> None
 def test_a_table_of_committed_metrics(tmp_path: Path) -> None:
     for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
         for level, name in grid.LEVELS.items():
-            accuracy = 0.6 - abs(level - 0.5) + shift
+            accuracy = 0.6 - abs(level - 0.6) + shift
             flat = [2.0, *[level * (1 + shift)] * 19]
             put(tmp_path, name, seed, result(flat, target=level, accuracy=accuracy))
     table = tables.TABLES["figure_2"]
     report = table.report(tmp_path)
     assert [claim.verdict for claim in report.claims] == ["reproduced", "reproduced"]
     text = report.markdown()
-    assert "| dcpo, H_0 = 0.5 | 3 | 0.510 [0.485, 0.535] |" in text
+    assert "| dcpo, H_0 = 0.6 | 3 | 0.612 [0.582, 0.642] |" in text
     assert text.endswith("Not run yet: grpo.")
     assert (tmp_path / "figure_2.svg").read_text().startswith("<?xml")
     assert "<svg" in report.html(tmp_path)
-    put(tmp_path, "dcpo-h0.5", 1, result([2.0, *[0.1] * 19], target=0.5, accuracy=0.1))
+    put(tmp_path, "dcpo-h0.6", 1, result([2.0, *[0.1] * 19], target=0.6, accuracy=0.1))
     assert [claim.verdict for claim in table.report(tmp_path).claims] == ["undecided", "undecided"]
 
 

@@ -186,7 +186,7 @@ def test_every_response_of_the_model_held_to_legal_words(asked: tuple[Any, Any, 
     log_pi, free = responses.log_pi(), 0.0
     for row, text in enumerate(texts):
         whole = [*problem.split(), *trace[:start], *text]
-        assert bool(responses.right[row]) == tasks.right(problem, " ".join(whole[len(problem.split()) :]))
+        assert bool(responses.right[row]) == TINY_TASK.right(problem, " ".join(whole[len(problem.split()) :]))
         with torch.no_grad():
             logits = model(torch.tensor([tokenizer.encode(" ".join(whole))])).logits[0].double()
         places = [i for i, word in enumerate(text) if gradients.is_number(word)]
@@ -288,9 +288,9 @@ def test_numbers_of_another_task_are_not_read(tmp_path: Path, monkeypatch: pytes
 def test_run_makes_the_numbers_where_they_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model that has learned nothing, and fewer problems."""
     setting = small_model.Setting(hidden=64, heads=2, kv_heads=1, layers=1, ffn=64, batch=8, updates=1, look_every=1)
-    small_model.make(tmp_path / "model", setting)
+    small_model.make(tmp_path / "model", setting, tasks.SIGNS)
     monkeypatch.setattr(runner.archive, "RESULTS", tmp_path)
-    monkeypatch.setattr(runner, "make_model", lambda name: {"model.path": str(tmp_path / "model")})
+    monkeypatch.setattr(runner, "make_small_model", lambda name: tmp_path / "model")
     for name, value in (("LEFT", (2, 3)), ("PROBLEMS", 2)):
         monkeypatch.setattr(gradients, name, value)
     runner.make_gradients()

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tools.reproduce.tasks import NEAR, TASK, right
+from tools.reproduce.tasks import SIGNS
 
 TEMPERATURES = (0.8, 1.2, 2.0)
 LEFT = (2, 3, 4, 5, 6)
@@ -30,7 +30,7 @@ LEFT = (2, 3, 4, 5, 6)
 PROBLEMS, SEED, BATCH = 10, 1, 512
 FILE, DIGITS = "gradients.json", 5
 HOW: dict[str, Any] = {
-    "task": asdict(TASK) | {"near": NEAR},
+    "task": asdict(SIGNS),
     "temperatures": list(TEMPERATURES),
     "left": list(LEFT),
     "problems": PROBLEMS,
@@ -160,7 +160,7 @@ def respond(
         logits=every[..., ids].double().masked_fill(placed, -torch.inf),
         chosen=chosen,
         hidden=hidden.double(),
-        right=torch.tensor([right(problem, " ".join([*trace[:start], *text])) for text in texts]),
+        right=torch.tensor([SIGNS.right(problem, " ".join([*trace[:start], *text])) for text in texts]),
     )
     return responses, share
 
@@ -189,7 +189,7 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(SEED)
     every = [json.loads(line)["problem"] for line in (folder / "train.jsonl").read_text().splitlines()]
-    asked = [(problem, TASK.trace(problem, rng).split()) for problem in rng.sample(every, PROBLEMS)]
+    asked = [(problem, SIGNS.trace(problem, rng).split()) for problem in rng.sample(every, PROBLEMS)]
     lines: dict[tuple[int, float, str], dict[str, Any]] = {}
     for left in LEFT:
         for problem, trace in asked:

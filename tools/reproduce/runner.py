@@ -52,14 +52,19 @@ def make_model(name: str) -> dict[str, str]:
     if name == "smollm2":
         ensure_smollm2()
         return {"model.path": str(default_output())}
-    from tools.reproduce import small_model
-    from tools.reproduce.tasks import TASK
-
-    folder = small_model.default_output()
-    if not small_model.is_made(folder, small_model.Setting(), TASK):
-        small_model.make(folder, small_model.Setting())
+    folder = make_small_model("sums")
     files = {f"task.{name}": str(folder / f"{name}.jsonl") for name in ("train", "heldout")}
     return {"model.path": str(folder)} | files
+
+
+def make_small_model(name: str) -> Path:
+    """The folder of one of small_model.MODELS; made first where it is not there."""
+    from tools.reproduce import small_model
+
+    folder, (task, setting) = small_model.default_output(name), small_model.MODELS[name]
+    if not small_model.is_made(folder, setting, task):
+        small_model.make(folder, setting, task)
+    return folder
 
 
 def make(run: Run, session: "Session") -> archive.Result:
@@ -145,7 +150,7 @@ def make_gradients() -> None:
     from tools.reproduce import gradients
 
     if gradients.load(archive.RESULTS) is None:
-        folder = Path(make_model("small")["model.path"])
+        folder = make_small_model("signs")
         begin = time.monotonic()
         lines = gradients.measure(folder)
         about = {"machine": machine(), "minutes": (time.monotonic() - begin) / 60}

@@ -1,17 +1,90 @@
-"""Problems with very many right answers, the random right answers that a small model learns from, and their grader.
+"""Two tasks, the answers that a small model learns from, and the grader: Sums for the grid, Signs for Theorem 3.1.
 
 Standard library alone: a grader runs in a process of its own.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-NEAR = 2
-"""An answer is right whose sum is at most this far from the target. (The parity of all sums is that of the numbers.)"""
 FAR = 256
-"""More than any sum of a problem's numbers."""
+"""More than any sum of a problem's numbers in Signs."""
+
+
+class Task(Protocol):
+    """What a small model is taught, sampled and graded on. Words stand between spaces, each is a token."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Bound of an answer, its end token included."""
+
+    def vocabulary(self) -> list[str]:
+        """Every word of problems and answers."""
+
+    def problems(self) -> list[str]:
+        """All of them, the same ones at every call, in no order."""
+
+    def trace(self, problem: str, rng: random.Random) -> str:
+        """An answer to learn from."""
+
+    def right(self, problem: str, response: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Add three numbers column by column, with the carry, as pupils do who slip and who often carry 1 for a 2.
+
+    problem: "add 9 8 7 , 1 2 3 , 4 0 0 :", the digits of each column from the units up; the exact answer: "24 8 4",
+    each column's total with what was carried into it. An answer with at most `wrong` totals that are not the exact ones
+    is right: at first few are, and once the slips are gone those with more than one carry of 2 are not.
+    """
+
+    columns: int = 6
+    slip: float = 0.22
+    """Share of columns in which a pupil writes any total, and goes on with it."""
+    forget: float = 0.7
+    """Share of carries of 2 that pupils carry as 1."""
+    wrong: int = 1
+    count: int = 12000
+    new_tokens: int = 10
+
+    def vocabulary(self) -> list[str]:
+        return ["add", ",", ":", *map(str, range(TOTALS))]
+
+    def problems(self) -> list[str]:
+        rng, found = random.Random(0), dict[str, None]()
+        while len(found) < self.count:
+            columns = (" ".join(str(rng.randrange(10)) for _ in range(3)) for _ in range(self.columns))
+            found[f"add {' , '.join(columns)} :"] = None
+        return list(found)
+
+    def trace(self, problem: str, rng: random.Random) -> str:
+        """A pupil's answer."""
+        carry, totals = 0, []
+        for column in _columns(problem):
+            totals.append(rng.randrange(TOTALS) if rng.random() < self.slip else sum(column) + carry)
+            carry = totals[-1] // 10
+            if carry == 2 and rng.random() < self.forget:
+                carry = 1
+        return " ".join(map(str, totals))
+
+    def right(self, problem: str, response: str) -> bool:
+        carry, exact = 0, []
+        for column in _columns(problem):
+            exact.append(str(sum(column) + carry))
+            carry = int(exact[-1]) // 10
+        written = response.split()
+        return len(written) == len(exact) and sum(map(str.__ne__, written, exact)) <= self.wrong
+
+
+TOTALS = 30
+"""0 to 29: three digits and a carry of 2."""
+
+
+def _columns(problem: str) -> Iterator[list[int]]:
+    for column in problem.removeprefix("add ").removesuffix(" :").split(" , "):
+        yield [int(digit) for digit in column.split()]
 
 
 @dataclass(frozen=True)
@@ -28,17 +101,17 @@ class Signs:
     target: int = 40
     count: int = 12000
     new_tokens: int = 24
-    """Bound of an answer, its end token included."""
+    near: int = 2
+    """A sum is right at most this far from the target. (The parity of all sums is that of the numbers.)"""
 
     def vocabulary(self) -> list[str]:
-        """Every word of problems and answers."""
         signed = [f"{sign}{n}" for n in range(1, self.largest + 1) for sign in "+-"]
         bound = sum(range(self.largest - self.size + 1, self.largest + 1))
         left = [f"={n}" for n in range(-bound, bound + 1)]
         return ["reach", "with", ":", *signed, *map(str, range(self.target + 1)), *left]
 
     def problems(self) -> list[str]:
-        """`count` problems that can be solved, the same ones at every call, in no order."""
+        """`count` problems that can be solved."""
         rng, found = random.Random(0), dict[str, None]()
         while len(found) < self.count:
             numbers = rng.sample(range(1, self.largest + 1), self.size)
@@ -64,22 +137,20 @@ class Signs:
                 words.append(f"={left}")
         return " ".join(words)
 
+    def right(self, problem: str, response: str) -> bool:
+        """Every number stands once, and the sum is near the target; what is left need not be written right."""
+        target, numbers = _read(problem)
+        signed = [int(word) for word in response.split() if word[0] in "+-"]
+        return sorted(map(abs, signed)) == numbers and abs(sum(signed) - target) <= self.near
 
-Task = Signs
-TASK = Signs()
-"""What the grid trains on."""
 
-
-def right(problem: str, response: str) -> bool:
-    """Every number stands once, and the sum is NEAR the target; what is left need not be written right."""
-    target, numbers = _read(problem)
-    signed = [int(word) for word in response.split() if word[0] in "+-"]
-    return sorted(map(abs, signed)) == numbers and abs(sum(signed) - target) <= NEAR
+SUMS, SIGNS = Sums(), Signs()
 
 
 def grade(batch: Sequence[tuple[str, str, str, str, Any]]) -> list[dict[str, Any]]:
-    """Reward and success of each (prompt, response, answer, source, metadata), as reward.function takes them."""
-    return [{"reward": float(right(p, r)), "success": float(right(p, r)), "extracted": r} for p, r, *_ in batch]
+    """Reward and success of each (prompt, response, answer, source, metadata) of SUMS, as reward.function takes them."""
+    rights = [float(SUMS.right(prompt, response)) for prompt, response, *_ in batch]
+    return [{"reward": r, "success": r, "extracted": row[1]} for r, row in zip(rights, batch, strict=True)]
 
 
 def _read(problem: str) -> tuple[int, list[int]]:
