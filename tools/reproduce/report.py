@@ -183,3 +183,32 @@ def _band(axis: Axes, runs: Mapping[int, Result], metric: str, label: str, colou
         axis.fill_between(
             steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0
         )
+
+
+MARKS = "osD^v"
+
+
+def plane(
+    results: Results,
+    cells: Mapping[str, str],
+    output: Path,
+    *,
+    across: tuple[str, Measure],
+    up: tuple[str, Measure],
+    band: tuple[float, float],
+) -> None:
+    """A point a run: two measures (label and measure) against each other; the band is what counts as good of the second."""
+    with plt.rc_context({**STYLE, "svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 10}):
+        figure, axis = plt.subplots(figsize=(9.4, 4.2), layout="constrained")
+        axis.axhspan(*band, color="#555555", alpha=0.12, linewidth=0)
+        for i, (name, text) in enumerate(cells.items()):
+            runs = list(results.get(name, {}).values())
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i // len(COLOURS)], "s": 30}
+            if runs:
+                axis.scatter([across[1](run) for run in runs], [up[1](run) for run in runs], label=text, **look)
+        axis.set(xlabel=across[0], ylabel=up[0], xlim=(0, 1), ylim=(0, None))
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, metadata={"Date": None})
+        plt.close(figure)

@@ -8,7 +8,18 @@ from statistics import fmean
 from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
 from tools.reproduce.grid import CELLS, LEVELS, OTHERS, SEEDS, TARGET, Run
-from tools.reproduce.report import Claim, Measure, Report, Results, columns_of, curves, difference, over_seeds, shown
+from tools.reproduce.report import (
+    Claim,
+    Measure,
+    Report,
+    Results,
+    columns_of,
+    curves,
+    difference,
+    over_seeds,
+    plane,
+    shown,
+)
 
 HOLDS, COLLAPSES = 0.25, 0.5
 """Held: mean |H - H_0| / H_0 of the last half is below the first. Collapsed: H of the last quarter is below the second,
@@ -209,11 +220,21 @@ def questions(table: Table, results: Results, folder: Path) -> Report:
     for name in asked:
         text = f"{CELLS[name].label}: farther from H_0 than dcpo with the schedule pi"
         claims.append(larger(results, name, "dcpo", distance, text))
+    across, up = "the regulariser's share of the advantage, last half", "H of the last quarter / H_0"
+    plane(
+        results,
+        table.labels(),
+        folder / "questions.svg",
+        across=(across, s.regulariser_share),
+        up=(up, relative_entropy),
+        band=(1 - HOLDS, 1 + HOLDS),
+    )
     return Report(
         table.name,
         "Open questions: which constants hold the entropy, and why",
         claims,
         **columns_of(results, table.labels(), ENTROPY | SCORES),
+        figure="questions.svg",
         notes=[rule_of_thumb([run for name in table.cells for run in results.get(name, {}).values()])],
     )
 
