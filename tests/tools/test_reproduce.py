@@ -19,7 +19,7 @@ from dcpo_openrlhf.methods import METHODS
 from dcpo_openrlhf.recipe import preflight
 from dcpo_openrlhf.recipe.load import load_recipe
 from tools.reproduce import __main__ as command
-from tools.reproduce import archive, grid, runner, small_model, tables, tasks
+from tools.reproduce import again, archive, grid, runner, small_model, tables, tasks
 from tools.reproduce import statistics as s
 from tools.reproduce.archive import Result
 from tools.reproduce.grid import CELLS, RECIPES, Cell, Run
@@ -328,6 +328,18 @@ def test_every_table_can_be_told_before_any_run(tmp_path: Path) -> None:
         assert text.startswith("## ") and "reproduced**" not in text.replace("not reproduced", "")
 
 
+def test_what_was_made_again_lies_inside_or_not(tmp_path: Path) -> None:
+    assert "**not run yet**: 0 runs and 0 made again" in again.table("dcpo", tmp_path)
+    for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
+        put(tmp_path, "dcpo", seed, result([0.8 + shift] * 4, accuracy=0.5 + shift), machine="one")
+        put(again.folder(tmp_path), "dcpo", seed, result([0.81 + shift] * 4, accuracy=0.9), machine="other")
+    put(again.folder(tmp_path), "dcpo", 4, result([9.0] * 4), machine="a seed that the cell has not")
+    text = again.table("dcpo", tmp_path)
+    assert "| one, 3 seeds | other, 3 seeds |" in text
+    assert "| H, last quarter [nats/token] | 0.820 [0.770, 0.870] | 0.830 [0.780, 0.880] | yes |" in text
+    assert "| held-out accuracy, T = 0.1 | 0.520 [0.470, 0.570] | 0.900 [0.900, 0.900] | no |" in text
+
+
 # --- which runs are made ---------------------------------------------------------------------------------------------
 
 
@@ -391,14 +403,18 @@ def test_committed_runs_are_of_the_grid() -> None:
 
 
 def test_runs_that_took_turns_on_one_start_of_the_engines_are_equal_while_their_recipes_are() -> None:
-    """Until H comes near H_0 the controller's output is saturated, whatever H_0."""
-    loaded = [archive.load(Run(CELLS[f"dcpo-h{level}"], 1)) for level in (0.25, 0.5, 0.75)]
-    runs = [found.steps[:10] for found in loaded if found is not None]
+    """Until H comes near the highest H_0 the controller's output is saturated, whatever H_0."""
+    levels = (0.4, 0.6, 0.8)
+    loaded = [archive.load(Run(CELLS[grid.LEVELS[level]], 1)) for level in levels]
+    runs = [found for found in loaded if found is not None]
+    assert len(runs) == 3
+    near = max(levels) + 1 / load_recipe(RECIPES["small"], overrides(CELLS["dcpo"])).method.proportional_gain
+    far = next(i for i, h in enumerate(runs[0].series("entropy/exact")) if h < near)
+    assert far >= 5
     skipped = ("time/", "cost/", "monitor/", "entropy/target", "entropy/steps_to_leave")
-    for first, *others in zip(*runs, strict=True):
+    for first, *others in zip(*(run.steps[:far] for run in runs), strict=True):
         for other in others:
             assert [name for name in first if not name.startswith(skipped) and first[name] != other[name]] == []
-    assert len(runs) == 3
 
 
 def test_results_are_what_the_committed_numbers_say(tmp_path: Path) -> None:

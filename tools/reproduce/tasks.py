@@ -148,7 +148,7 @@ SUMS, SIGNS = Sums(), Signs()
 
 
 def grade(batch: Sequence[tuple[str, str, str, str, Any]]) -> list[dict[str, Any]]:
-    """Reward and success of each (prompt, response, answer, source, metadata) of SUMS, as reward.function takes them."""
+    """Reward and success of each (prompt, response, answer, source, metadata) of SUMS: a reward.function."""
     rights = [float(SUMS.right(prompt, response)) for prompt, response, *_ in batch]
     return [{"reward": r, "success": r, "extracted": row[1]} for r, row in zip(rights, batch, strict=True)]
 
