@@ -12,7 +12,7 @@ from dcpo_openrlhf.errors import RunError
 from dcpo_openrlhf.recipe.schema import RecipeError
 from dcpo_openrlhf.signals import Interrupted
 from dcpo_openrlhf.train_dcpo import log_to
-from tools.reproduce import archive, report
+from tools.reproduce import again, archive, report
 from tools.reproduce.grid import SEEDS, Run
 from tools.reproduce.tables import TABLES, Table
 
@@ -42,7 +42,8 @@ def progress(tables: Sequence[Table]) -> str:
 def results(reports: Iterable[report.Report], folder: Path | None = None) -> str:
     """The text of results.md, folder in place of docs/results."""
     tables = "".join(f"\n{r.markdown()}\n" for r in reports)
-    return f"{INTRODUCTION}{tables}\n## What ran on what\n\n{archive.ran(folder)}\n"
+    repeated = again.table(again.CELL, folder)
+    return f"{INTRODUCTION}{tables}\n{repeated}\n\n## What ran on what\n\n{archive.ran(folder)}\n"
 
 
 def run(tables: Sequence[Table], *, minutes: float, seeds: int) -> int:

@@ -16,6 +16,8 @@ from tools.reproduce import statistics as s
 from tools.reproduce.grid import CELLS, SEEDS, Run
 from tools.reproduce.report import Measure, row, shown
 
+CELL = "dcpo"
+"""Of results.md."""
 MEASURES: dict[str, Measure] = {
     "H, last quarter [nats/token]": s.final_entropy,
     "right in training, T = 1, last quarter": s.final_success,
@@ -28,18 +30,16 @@ def folder(results: Path | None = None) -> Path:
     return (results or archive.RESULTS) / "again"
 
 
-def both(cell: str, results: Path | None = None) -> tuple[list[archive.Result], list[archive.Result]]:
-    """The cell's committed runs, and those of its seeds that were made again."""
+def committed(cell: str, results: Path | None = None) -> dict[int, archive.Result]:
+    """Seed -> run, of those that are there."""
     runs = [Run(CELLS[cell], seed) for seed in SEEDS[CELLS[cell].model]]
-    first = {run.seed: archive.load(run, results) for run in runs}
-    again = {run.seed: archive.load(run, folder(results)) for run in runs}
-    seeds = [seed for seed, result in first.items() if result is not None]
-    return [r for seed in seeds if (r := first[seed])], [r for seed in seeds if (r := again[seed])]
+    return {run.seed: found for run in runs if (found := archive.load(run, results)) is not None}
 
 
 def table(cell: str, results: Path | None = None) -> str:
     """A row a measure: the cell's interval, the mean of what was made again, and whether it lies inside."""
-    first, again = both(cell, results)
+    once, later = committed(cell, results), committed(cell, folder(results))
+    first, again = list(once.values()), [later[seed] for seed in once if seed in later]
     title = f"## {CELLS[cell].label}, made again\n\n`python -m tools.reproduce.again {cell}`\n\n"
     if len(first) < 2 or not again:
         return f"{title}**not run yet**: {len(first)} runs and {len(again)} made again; two and one are needed."
@@ -61,20 +61,18 @@ def run(cell: str) -> None:
     from tools.reproduce import runner
     from tools.reproduce.session import session
 
-    seeds = [run.seed for run in map(lambda n: Run(CELLS[cell], n), SEEDS[CELLS[cell].model]) if archive.load(run)]
-    runs = [Run(CELLS[cell], seed) for seed in seeds]
+    missing = [Run(CELLS[cell], seed) for seed in committed(cell) if seed not in committed(cell, folder())]
     with session() as shared:
-        for each in runs:
-            if archive.load(each, folder()) is None:
-                runner.make(each, shared, results=folder())
-                print(f"{each.name} is made again", flush=True)
+        for each in missing:
+            runner.make(each, shared, results=folder())
+            print(f"{each.name} is made again", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.reproduce.again", description="A cell's runs on a second machine."
     )
-    parser.add_argument("cell", nargs="?", choices=CELLS, default="dcpo", metavar="CELL", help="default: %(default)s")
+    parser.add_argument("cell", nargs="?", choices=CELLS, default=CELL, metavar="CELL", help="default: %(default)s")
     parser.add_argument("--run", action="store_true", help="make its runs again, where docs/results/again has none")
     args = parser.parse_args(argv)
     if args.run:
