@@ -229,7 +229,14 @@ def test_a_claim_of_several_needs_each() -> None:
     assert s.all_of(["not reproduced", "not run yet"]) == "not run yet"
 
 
-def result(entropy: list[float], *, success: float = 0.5, target: float = 1.0, accuracy: float = 0.5) -> Result:
+def result(
+    entropy: list[float],
+    *,
+    success: float = 0.5,
+    target: float = 1.0,
+    accuracy: float = 0.5,
+    temperature: float = 2.0,
+) -> Result:
     steps = [
         {
             "train/step": float(i),
@@ -237,6 +244,7 @@ def result(entropy: list[float], *, success: float = 0.5, target: float = 1.0, a
             "entropy/target": target,
             "rollout/success_rate": success,
             "dcpo/regulariser_share": 0.25,
+            "dcpo/temperature": temperature,
         }
         for i, h in enumerate(entropy, 1)
     ]
@@ -264,6 +272,22 @@ def test_scores_of_a_run() -> None:
     assert s.passed_at(run, 1) == pytest.approx(0.5)
     assert s.passed_at(run, 2) == pytest.approx((0 + 1 + (1 - 1 / 6)) / 3)  # C(2,2) / C(4,2) = 1/6
     assert (s.accuracy_before(run), s.accuracy(run)) == (0.1, 0.5)
+
+
+@pytest.mark.parametrize(("temperature", "pull"), [(2.0, 0.125), (0.5, 0.25), (1.25, 0.05), (1.0, 0.0)])
+def test_pull_counts_both_sides_of_one(temperature: float, pull: float) -> None:
+    assert s.pull(result([1.0] * 4, temperature=temperature)) == pytest.approx(pull)
+
+
+def test_the_rule_of_thumb_says_whether_the_pull_tells_what_holds() -> None:
+    holds, falls = result([1.0] * 4), result([0.1] * 4, temperature=1.25)
+    for run in (holds, falls):
+        run.about["keys"], run.about["run"] = {"method.name": "dcpo"}, "small/dcpo"
+    text = tables.rule_of_thumb([holds, falls])
+    assert "1 runs held H_0 (within 25%), the regulariser's pull 0.12 to 0.12; 1 runs did not" in text
+    assert text.endswith("The pull alone tells them apart.")
+    other = Result(holds.about, result([0.1] * 4).steps)
+    assert tables.rule_of_thumb([holds, falls, other]).endswith("The pull alone does not tell them apart.")
 
 
 # --- archive and tables ----------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def plane(
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i // len(COLOURS)], "s": 30}
             if runs:
                 axis.scatter([across[1](run) for run in runs], [up[1](run) for run in runs], label=text, **look)
-        axis.set(xlabel=across[0], ylabel=up[0], xlim=(0, 1), ylim=(0, None))
+        axis.set(xlabel=across[0], ylabel=up[0], xlim=(0, None), ylim=(0, None))
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         output.parent.mkdir(parents=True, exist_ok=True)

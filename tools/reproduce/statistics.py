@@ -99,6 +99,15 @@ def regulariser_share(result: Result) -> float:
     return fmean(last(result.series("dcpo/regulariser_share"), 0.5))
 
 
+def pull(result: Result) -> float:
+    """What the regulariser can move: its share of the advantage times |1 - 1/T|, mean over the last half.
+
+    It moves the logits by alpha (pi^T - pi), which is (1/T - 1) pi (log pi - E log pi) to first order.
+    """
+    shares, temperatures = (result.series(f"dcpo/{name}") for name in ("regulariser_share", "temperature"))
+    return fmean(last([share * abs(1 - 1 / t) for share, t in zip(shares, temperatures, strict=True)], 0.5))
+
+
 class Tracking(NamedTuple):
     """How close to H_0 [nats/token] a run kept its entropy."""
 

@@ -220,12 +220,12 @@ def questions(table: Table, results: Results, folder: Path) -> Report:
     for name in asked:
         text = f"{CELLS[name].label}: farther from H_0 than dcpo with the schedule pi"
         claims.append(larger(results, name, "dcpo", distance, text))
-    across, up = "the regulariser's share of the advantage, last half", "H of the last quarter / H_0"
+    across, up = "the regulariser's share of the advantage x |1 - 1/T|, last half", "H of the last quarter / H_0"
     plane(
         results,
         table.labels(),
         folder / "questions.svg",
-        across=(across, s.regulariser_share),
+        across=(across, s.pull),
         up=(up, relative_entropy),
         band=(1 - HOLDS, 1 + HOLDS),
     )
@@ -233,27 +233,27 @@ def questions(table: Table, results: Results, folder: Path) -> Report:
         table.name,
         "Open questions: which constants hold the entropy, and why",
         claims,
-        **columns_of(results, table.labels(), ENTROPY | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | {"pull": s.pull} | SCORES),
         figure="questions.svg",
         notes=[rule_of_thumb([run for name in table.cells for run in results.get(name, {}).values()])],
     )
 
 
 def rule_of_thumb(runs: Sequence[archive.Result]) -> str:
-    """Which share of the advantage the regulariser had in runs that held H_0, and in those that did not."""
-    shares: dict[bool, list[float]] = {True: [], False: []}
+    """Which pull the regulariser had in runs that held H_0, and in those that did not."""
+    pulls: dict[bool, list[float]] = {True: [], False: []}
     for run in runs:
-        shares[distance(run) < HOLDS].append(s.regulariser_share(run))
+        pulls[distance(run) < HOLDS].append(s.pull(run))
     said = []
     for holds, what in ((True, f"held H_0 (within {HOLDS:.0%})"), (False, "did not")):
-        found = shares[holds]
-        between = f", the regulariser's share of the advantage {min(found):.2f} to {max(found):.2f}" if found else ""
+        found = pulls[holds]
+        between = f", the regulariser's pull {min(found):.2f} to {max(found):.2f}" if found else ""
         said.append(f"{len(found)} runs {what}{between}")
-    separates = shares[True] and shares[False] and min(shares[True]) > max(shares[False])
+    separates = pulls[True] and pulls[False] and min(pulls[True]) > max(pulls[False])
     rule = ""
-    if shares[True] and shares[False]:
-        rule = " The share alone tells them apart." if separates else " The share alone does not tell them apart."
-    return f"The map: {'; '.join(said)}.{rule}"
+    if pulls[True] and pulls[False]:
+        rule = " The pull alone tells them apart." if separates else " The pull alone does not tell them apart."
+    return f"The map (pull: the share of the advantage x |1 - 1/T|): {'; '.join(said)}.{rule}"
 
 
 def precision(table: Table, results: Results, folder: Path) -> Report:
