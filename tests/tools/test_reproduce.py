@@ -282,9 +282,9 @@ def test_pull_counts_both_sides_of_one(temperature: float, pull: float) -> None:
 def test_the_rule_of_thumb_says_whether_the_pull_tells_what_holds() -> None:
     holds, falls = result([1.0] * 4), result([0.1] * 4, temperature=1.25)
     for run in (holds, falls):
-        run.about["keys"], run.about["run"] = {"method.name": "dcpo"}, "small/dcpo"
+        run.about["keys"] = {"method.name": "dcpo", "method.target_entropy": 1.0}
     text = tables.rule_of_thumb([holds, falls])
-    assert "1 runs held H_0 (within 25%), the regulariser's pull 0.12 to 0.12; 1 runs did not" in text
+    assert "1 runs of dcpo ended within 25% of H_0, the regulariser's pull 0.12 to 0.12; 1 runs of dcpo did not" in text
     assert text.endswith("The pull alone tells them apart.")
     other = Result(holds.about, result([0.1] * 4).steps)
     assert tables.rule_of_thumb([holds, falls, other]).endswith("The pull alone does not tell them apart.")
