@@ -159,8 +159,9 @@ def curves(
                 for target in targets:
                     axis.axhline(target, color="#555555", linestyle=":", linewidth=1.2)
             axis.set(xlabel="step", ylabel=label, ylim=(0, None))
-        if axes[0][0].get_legend_handles_labels()[0]:
-            axes[0][0].legend(fontsize=8)
+        lines, labels = axes[0][0].get_legend_handles_labels()
+        if lines:
+            figure.legend(lines, labels, loc="outside lower center", ncols=5, fontsize=9)
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, metadata={"Date": None})
         plt.close(figure)
