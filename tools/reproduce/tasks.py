@@ -6,29 +6,10 @@ Standard library alone: a grader runs in a process of its own.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 FAR = 256
 """More than any sum of a problem's numbers in Signs."""
-
-
-class Task(Protocol):
-    """What a small model is taught, sampled and graded on. Words stand between spaces, each is a token."""
-
-    @property
-    def new_tokens(self) -> int:
-        """Bound of an answer, its end token included."""
-
-    def vocabulary(self) -> list[str]:
-        """Every word of problems and answers."""
-
-    def problems(self) -> list[str]:
-        """All of them, the same ones at every call, in no order."""
-
-    def trace(self, problem: str, rng: random.Random) -> str:
-        """An answer to learn from."""
-
-    def right(self, problem: str, response: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -48,11 +29,14 @@ class Sums:
     wrong: int = 1
     count: int = 12000
     new_tokens: int = 10
+    """Bound of an answer, its end token included."""
 
     def vocabulary(self) -> list[str]:
+        """Every word of problems and answers; words stand between spaces, each is a token."""
         return ["add", ",", ":", *map(str, range(TOTALS))]
 
     def problems(self) -> list[str]:
+        """`count` problems, the same ones at every call, in no order."""
         rng, found = random.Random(0), dict[str, None]()
         while len(found) < self.count:
             columns = (" ".join(str(rng.randrange(10)) for _ in range(3)) for _ in range(self.columns))
@@ -111,7 +95,7 @@ class Signs:
         return ["reach", "with", ":", *signed, *map(str, range(self.target + 1)), *left]
 
     def problems(self) -> list[str]:
-        """`count` problems that can be solved."""
+        """`count` problems that can be solved, the same ones at every call, in no order."""
         rng, found = random.Random(0), dict[str, None]()
         while len(found) < self.count:
             numbers = rng.sample(range(1, self.largest + 1), self.size)
@@ -144,6 +128,8 @@ class Signs:
         return sorted(map(abs, signed)) == numbers and abs(sum(signed) - target) <= self.near
 
 
+Task = Sums | Signs
+"""What a small model is taught, sampled and graded on."""
 SUMS, SIGNS = Sums(), Signs()
 
 
