@@ -290,6 +290,23 @@ def test_the_rule_of_thumb_says_whether_the_pull_tells_what_holds() -> None:
     assert tables.rule_of_thumb([holds, falls, other]).endswith("The pull alone does not tell them apart.")
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "target"),
+    [
+        ("smollm2/a", "dcpo", 0.3),
+        ("smollm2/a", "grpo", 0.3),
+        ("small/a", "dcpo", 0.3),
+        ("small/a", "grpo", grid.TARGET),
+    ],
+)
+def test_entropy_is_held_against_the_recipes_target(name: str, method: str, target: float) -> None:
+    """But for the small model's GRPO, against that of the others."""
+    run = result([0.6] * 4, target=0.3)
+    run.about.update(run=name, keys={"method.name": method})
+    assert tables.relative_entropy(run) == pytest.approx(0.6 / target)
+    assert tables.distance(run) == pytest.approx(abs(0.6 - target) / target)
+
+
 # --- archive and tables ----------------------------------------------------------------------------------------------
 
 

@@ -70,17 +70,22 @@ def collapsed(results: Results, cell: str) -> s.Verdict:
     return s.sign_of(s.Interval(COLLAPSES - final.mean, COLLAPSES - final.high, COLLAPSES - final.low, final.seeds))
 
 
+def target_of(run: archive.Result) -> float:
+    """H_0 of the last step; for the small model's GRPO, whose recipe's means nothing, that of the others."""
+    if run.about["keys"]["method.name"] == "grpo" and run.about["run"].startswith("small/"):
+        return TARGET
+    return run.series("entropy/target")[-1]
+
+
 def relative_entropy(run: archive.Result) -> float:
-    """H of the last quarter as a share of H_0; GRPO, which has none, as a share of the others'."""
-    own = run.about["keys"].get("method.target_entropy", TARGET)
-    return s.final_entropy(run) / own
+    """H of the last quarter as a share of H_0."""
+    return s.final_entropy(run) / target_of(run)
 
 
 def distance(run: archive.Result) -> float:
-    """mean abs(H - H_0) / H_0 of the last half; GRPO, which has no H_0, against the others'."""
-    if run.about["keys"]["method.name"] == "grpo" and run.about["run"].startswith("small/"):
-        return fmean(abs(h - TARGET) / TARGET for h in s.last(run.series("entropy/exact"), 0.5))
-    return s.tracking(run).mean_error
+    """mean abs(H - H_0) / H_0 of the last half."""
+    target = target_of(run)
+    return fmean(abs(h - target) / target for h in s.last(run.series("entropy/exact"), 0.5))
 
 
 def larger(results: Results, first: str, second: str, measure: Measure, text: str) -> Claim:
