@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tools.reproduce import archive
 from tools.reproduce import statistics as s
-from tools.reproduce.grid import CELLS, SEEDS, Run
+from tools.reproduce.grid import CELLS, Run
 from tools.reproduce.report import Measure, row, shown
 
 CELL = "dcpo"
@@ -30,15 +30,9 @@ def folder(results: Path | None = None) -> Path:
     return (results or archive.RESULTS) / "again"
 
 
-def committed(cell: str, results: Path | None = None) -> dict[int, archive.Result]:
-    """Seed -> run, of those that are there."""
-    runs = [Run(CELLS[cell], seed) for seed in SEEDS[CELLS[cell].model]]
-    return {run.seed: found for run in runs if (found := archive.load(run, results)) is not None}
-
-
 def table(cell: str, results: Path | None = None) -> str:
     """A row a measure: the cell's interval, the mean of what was made again, and whether it lies inside."""
-    once, later = committed(cell, results), committed(cell, folder(results))
+    once, later = (archive.committed(CELLS[cell], where) for where in (results, folder(results)))
     first, again = list(once.values()), [later[seed] for seed in once if seed in later]
     title = f"## {CELLS[cell].label}, made again\n\n`python -m tools.reproduce.again {cell}`\n\n"
     if len(first) < 2 or not again:
@@ -61,7 +55,8 @@ def run(cell: str) -> None:
     from tools.reproduce import runner
     from tools.reproduce.session import session
 
-    missing = [Run(CELLS[cell], seed) for seed in committed(cell) if seed not in committed(cell, folder())]
+    done = archive.committed(CELLS[cell], folder())
+    missing = [Run(CELLS[cell], seed) for seed in archive.committed(CELLS[cell]) if seed not in done]
     with session() as shared:
         for each in missing:
             runner.make(each, shared, results=folder())

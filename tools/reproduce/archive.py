@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.reproduce.grid import ROOT, Run
+from tools.reproduce.grid import ROOT, SEEDS, Cell, Run
 
 WORK = ROOT / "runs" / "reproduce"
 RESULTS = ROOT / "docs" / "results"
@@ -80,6 +80,12 @@ def load(run: Run, results: Path | None = None) -> Result | None:
         return None
     result = read(file)
     return result if result.about["identity"] == run.cell.identity else None
+
+
+def committed(cell: Cell, results: Path | None = None) -> dict[int, Result]:
+    """Seed -> run of the cell, of those that `load` finds."""
+    runs = [Run(cell, seed) for seed in SEEDS[cell.model]]
+    return {run.seed: found for run in runs if (found := load(run, results)) is not None}
 
 
 def ran(results: Path | None = None) -> str:

@@ -1,7 +1,8 @@
 """What a table says: claims with their verdicts, rows, a figure; as Markdown and as HTML from the same parts."""
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tools.plot_run import COLOURS, STYLE
 from tools.reproduce.archive import Result
@@ -139,6 +141,17 @@ def shown(value: Interval | None, digits: int = 3) -> str:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _drawn(output: Path, columns: int, size: tuple[float, float]) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A figure and its axes, side by side; written, the same numbers as the same bytes, when the block ends."""
+    with plt.rc_context({**STYLE, "svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 10}):
+        figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+        yield figure, axes[0]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, metadata={"Date": None})
+        plt.close(figure)
+
+
 def curves(
     results: Results,
     cells: Mapping[str, str],
@@ -148,23 +161,17 @@ def curves(
     targets: Sequence[float] = (),
 ) -> None:
     """A panel a metric (metric -> its label): each cell's mean over seeds as a line, its range as a band."""
-    with plt.rc_context({**STYLE, "svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 10}):
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(5.2 * len(panels), 3.6), layout="constrained", squeeze=False
-        )
-        for axis, (metric, label) in zip(axes[0], panels.items(), strict=True):
+    with _drawn(output, len(panels), (5.2 * len(panels), 3.6)) as (figure, axes):
+        for axis, (metric, label) in zip(axes, panels.items(), strict=True):
             for i, (name, text) in enumerate(cells.items()):
                 _band(axis, results.get(name, {}), metric, text, COLOURS[i % len(COLOURS)], i // len(COLOURS))
             if metric == "entropy/exact":
                 for target in targets:
                     axis.axhline(target, color="#555555", linestyle=":", linewidth=1.2)
             axis.set(xlabel="step", ylabel=label, ylim=(0, None))
-        lines, labels = axes[0][0].get_legend_handles_labels()
+        lines, labels = axes[0].get_legend_handles_labels()
         if lines:
             figure.legend(lines, labels, loc="outside lower center", ncols=5, fontsize=9)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, metadata={"Date": None})
-        plt.close(figure)
 
 
 def _band(axis: Axes, runs: Mapping[int, Result], metric: str, label: str, colour: str, dash: int) -> None:
@@ -200,8 +207,7 @@ def plane(
     band: tuple[float, float],
 ) -> None:
     """A point a run: two measures, with their labels, against each other; band: what counts as good of the second."""
-    with plt.rc_context({**STYLE, "svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 10}):
-        figure, axis = plt.subplots(figsize=(9.4, 4.2), layout="constrained")
+    with _drawn(output, 1, (9.4, 4.2)) as (_, (axis,)):
         axis.axhspan(*band, color="#555555", alpha=0.12, linewidth=0)
         for i, (name, text) in enumerate(cells.items()):
             runs = list(results.get(name, {}).values())
@@ -211,6 +217,3 @@ def plane(
         axis.set(xlabel=across[0], ylabel=up[0], xlim=(0, None), ylim=(0, None))
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, metadata={"Date": None})
-        plt.close(figure)

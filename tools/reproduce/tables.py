@@ -44,10 +44,7 @@ class Table:
 
     def report(self, folder: Path = archive.RESULTS) -> Report:
         """From the committed numbers in `folder`, where its figure goes too."""
-        results: dict[str, dict[int, archive.Result]] = {name: {} for name in self.cells}
-        for run in self.runs():
-            if (found := archive.load(run, folder)) is not None:
-                results[run.cell.name][run.seed] = found
+        results = {name: archive.committed(CELLS[name], folder) for name in self.cells}
         return self.tell(self, results, folder)
 
 
@@ -70,22 +67,21 @@ def collapsed(results: Results, cell: str) -> s.Verdict:
     return s.sign_of(s.Interval(COLLAPSES - final.mean, COLLAPSES - final.high, COLLAPSES - final.low, final.seeds))
 
 
-def target_of(run: archive.Result) -> float:
-    """H_0 of the last step; for the small model's GRPO, whose recipe's means nothing, that of the others."""
-    if run.about["keys"]["method.name"] == "grpo" and run.about["run"].startswith("small/"):
-        return TARGET
-    return run.series("entropy/target")[-1]
+def has_target(run: archive.Result) -> bool:
+    """All but the small model's GRPO, to which its recipe's H_0 means nothing: that is held against the others'."""
+    return run.about["keys"]["method.name"] != "grpo" or not run.about["run"].startswith("small/")
 
 
 def relative_entropy(run: archive.Result) -> float:
     """H of the last quarter as a share of H_0."""
-    return s.final_entropy(run) / target_of(run)
+    return s.final_entropy(run) / (run.series("entropy/target")[-1] if has_target(run) else TARGET)
 
 
 def distance(run: archive.Result) -> float:
     """mean abs(H - H_0) / H_0 of the last half."""
-    target = target_of(run)
-    return fmean(abs(h - target) / target for h in s.last(run.series("entropy/exact"), 0.5))
+    if has_target(run):
+        return s.tracking(run).mean_error
+    return fmean(abs(h - TARGET) / TARGET for h in s.last(run.series("entropy/exact"), 0.5))
 
 
 def larger(results: Results, first: str, second: str, measure: Measure, text: str) -> Claim:
