@@ -53,6 +53,14 @@ def test_the_grid_of_the_paper() -> None:
     assert [run.seed for run in runs] == sorted(run.seed for run in runs), "any prefix is balanced over the cells"
 
 
+@pytest.mark.parametrize("name", [cell.name for cell in grid.QUESTIONS])
+def test_a_question_changes_one_thing(name: str) -> None:
+    """Of the cell that it is told beside: one key, or two of one section that belong together."""
+    keys, beside = CELLS[name].keys, CELLS[tables.BESIDE.get(name, "dcpo")].keys
+    changed = {key for key in keys | beside if keys.get(key) != beside.get(key)}
+    assert 1 <= len(changed) <= 2 and len({key.split(".")[0] for key in changed}) == 1, changed
+
+
 def test_runs_that_tables_share_are_made_once() -> None:
     every = [run for table in tables.TABLES.values() for run in table.runs()]
     once = runner.in_order(every)
@@ -253,17 +261,21 @@ def result(
 
 
 @pytest.mark.parametrize(
-    ("entropy", "mean_error", "overshoot", "settled"),
+    ("entropy", "smoothed", "mean_error", "offset", "overshoot", "settled"),
     [
-        ([2.0, 1.5, 0.8, 0.9, 1.05, 1.0], (0.1 + 0.05 + 0.0) / 3, 0.2, 4),
-        ([2.0, 1.5, 1.2, 1.2, 1.2, 1.2], 0.2, 0.0, math.inf),
-        ([0.2, 0.5, 1.3, 1.0, 1.0, 1.0], 0.0, 0.3, 4),
-        ([1.0, 1.0, 1.0, 1.0], 0.0, 0.0, 1),
+        ([2.0, 1.5, 0.8, 0.9, 1.05, 1.0], 1, (0.1 + 0.05 + 0.0) / 3, (-0.1 + 0.05) / 3, 0.2, 4),
+        ([2.0, 1.5, 1.2, 1.2, 1.2, 1.2], 1, 0.2, 0.2, 0.0, math.inf),
+        ([0.2, 0.5, 1.3, 1.0, 1.0, 1.0], 1, 0.0, 0.0, 0.3, 4),
+        ([1.0, 1.0, 1.0, 1.0], 1, 0.0, 0.0, 0.0, 1),
+        # the means of two steps: 1.6, 1.3, 0.85, 0.93, 1.0, 0.96
+        ([1.6, 1.0, 0.7, 1.16, 0.84, 1.08], 2, (0.16 + 0.16 + 0.08) / 3, 0.08 / 3, 0.15, 4),
     ],
 )
-def test_tracking(entropy: list[float], mean_error: float, overshoot: float, settled: float) -> None:
-    found = s.tracking(result(entropy))
-    assert found == pytest.approx((mean_error, overshoot, settled))
+def test_tracking(
+    entropy: list[float], smoothed: int, mean_error: float, offset: float, overshoot: float, settled: float
+) -> None:
+    found = s.tracking(result(entropy), smoothed)
+    assert found == pytest.approx((mean_error, offset, overshoot, settled))
 
 
 def test_scores_of_a_run() -> None:

@@ -94,7 +94,8 @@ def _cells() -> Iterator[Cell]:
     for level, name in LEVELS.items():
         if name != "dcpo":
             yield small(name, f"dcpo, H_0 = {level:g}", "dcpo", **HOLDING | {"target_entropy": level})
-    yield from _questions()
+    yield from QUESTIONS
+    yield from AFTERWARDS
     yield from _headline()
 
 
@@ -122,6 +123,21 @@ def _questions() -> Iterator[Cell]:
         yield small(
             f"dcpo-{slug}", f"dcpo, {label}", keys.get("name", "dcpo"), **{k: v for k, v in keys.items() if k != "name"}
         )
+
+
+QUESTIONS = tuple(_questions())
+LONG = 240
+"""Steps of the runs that go on where those of the other tables end, at 60."""
+AFTERWARDS = (
+    small("grpo-long", f"grpo, {LONG} steps", "grpo", train__steps=LONG),
+    small(
+        "dcpo-h0.4-long",
+        f"dcpo, H_0 = 0.4, {LONG} steps",
+        "dcpo",
+        **HOLDING | {"target_entropy": 0.4, "train__steps": LONG},
+    ),
+    small("dcpo-long", f"dcpo, H_0 = {TARGET:g}, {LONG} steps", "dcpo", **HOLDING, train__steps=LONG),
+)
 
 
 def _headline() -> Iterator[Cell]:

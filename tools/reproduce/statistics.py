@@ -13,6 +13,8 @@ T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 """0.975 quantile of Student's t for 1 to 9 degrees of freedom."""
 BAND = 0.1
 """Share of H_0 within which entropy counts as settled."""
+SMOOTHED = 8
+"""Steps whose mean counts for overshoot and settling: every step has other problems, whose entropies differ."""
 
 
 class Interval(NamedTuple):
@@ -109,26 +111,31 @@ def pull(result: Result) -> float:
 
 
 class Tracking(NamedTuple):
-    """How close to H_0 [nats/token] a run kept its entropy."""
+    """How close to H_0 [nats/token] a run kept its entropy; shares of H_0."""
 
     mean_error: float
     """Mean |H - H_0| / H_0 over the last half."""
+    offset: float
+    """(mean H - H_0) / H_0 over the last half: what is left when the steps' scatter is averaged."""
     overshoot: float
-    """Farthest beyond H_0 after first reaching it, on the side away from the start, as a share of H_0."""
+    """Farthest beyond H_0 after first reaching it, on the side away from the start."""
     settled: float
     """First step from which H stays within BAND of H_0; infinite where it does not."""
 
 
-def tracking(result: Result) -> Tracking:
+def tracking(result: Result, smoothed: int = SMOOTHED) -> Tracking:
+    """Overshoot and settling are of the mean of the last `smoothed` steps."""
     entropy, target = result.series("entropy/exact"), result.series("entropy/target")
     errors = [(h - t) / t for h, t in zip(entropy, target, strict=True)]
+    smooth = [fmean(errors[max(i - smoothed, 0) : i]) for i in range(1, len(errors) + 1)]
     side = 1.0 if errors[0] > 0 else -1.0
-    reached = next((i for i, e in enumerate(errors) if e * side <= 0), len(errors))
-    overshoot = max((-e * side for e in errors[reached:]), default=0.0)
-    outside = [i for i, e in enumerate(errors) if abs(e) > BAND]
+    reached = next((i for i, e in enumerate(smooth) if e * side <= 0), len(smooth))
+    overshoot = max((-e * side for e in smooth[reached:]), default=0.0)
+    outside = [i for i, e in enumerate(smooth) if abs(e) > BAND]
     settled = 1 if not outside else outside[-1] + 2
     return Tracking(
         mean_error=fmean(abs(e) for e in last(errors, 0.5)),
+        offset=fmean(last(errors, 0.5)),
         overshoot=max(overshoot, 0.0),
         settled=settled if settled <= len(errors) else math.inf,
     )
