@@ -423,6 +423,13 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(tmp_path: Path, monkeyp
     assert "figure_2" in command.progress([tables.TABLES["figure_2"]])
 
 
+def test_the_machine_is_named_with_what_it_is_held_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert "held to" not in runner.machine()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert runner.machine().endswith("bf16 units, held to AVX2")
+
+
 def test_one_start_of_the_engines_serves_runs_that_may_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from dcpo_openrlhf.rollout import pool
 

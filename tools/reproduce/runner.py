@@ -105,9 +105,10 @@ def collected(run: Run, folder: Path, *, minutes: float) -> archive.Result:
 
 
 def machine() -> str:
-    """Processor, cores, and whether it multiplies bf16."""
+    """Processor, cores, whether it multiplies bf16, and what it is held to."""
     units = "bf16 units" if processor.multiplies_bf16() else "no bf16 units"
-    return f"{os.cpu_count()} cores {processor_name()}, {units}"
+    held = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    return f"{os.cpu_count()} cores {processor_name()}, {units}{f', held to {held.upper()}' if held else ''}"
 
 
 @contextmanager
