@@ -383,14 +383,20 @@ def test_every_table_can_be_told_before_any_run(tmp_path: Path) -> None:
 
 def test_what_was_made_again_lies_inside_or_not(tmp_path: Path) -> None:
     assert "**not run yet**: 0 runs and 0 made again" in again.table("dcpo", tmp_path)
+    other, third = (again.folder(name, tmp_path) for name in ("other (R), of 2 cores", "third"))
+    assert other.name == "other-R-of-2-cores"
     for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
         put(tmp_path, "dcpo", seed, result([0.8 + shift] * 4, accuracy=0.5 + shift), machine="one")
-        put(again.folder(tmp_path), "dcpo", seed, result([0.81 + shift] * 4, accuracy=0.9), machine="other")
-    put(again.folder(tmp_path), "dcpo", 4, result([9.0] * 4), machine="a seed that the cell has not")
+        put(other, "dcpo", seed, result([0.81 + shift] * 4, accuracy=0.9), machine="other")
+    put(other, "dcpo", 4, result([9.0] * 4), machine="a seed that the cell has not")
     text = again.table("dcpo", tmp_path)
-    assert "| one, 3 seeds | other, 3 seeds |" in text
+    assert "| one, 3 seeds | other, 3 seeds | inside |" in text
     assert "| H, last quarter [nats/token] | 0.820 [0.770, 0.870] | 0.830 [0.780, 0.880] | yes |" in text
     assert "| held-out accuracy, T = 0.1 | 0.520 [0.470, 0.570] | 0.900 [0.900, 0.900] | no |" in text
+    put(third, "dcpo", 2, result([0.7] * 4), machine="third")
+    text = again.table("dcpo", tmp_path)
+    assert "| other, 3 seeds | inside | third, 1 seeds | inside |" in text
+    assert "| 0.820 [0.770, 0.870] | 0.830 [0.780, 0.880] | yes | 0.700 | no |" in text
 
 
 # --- which runs are made ---------------------------------------------------------------------------------------------

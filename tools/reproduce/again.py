@@ -2,8 +2,8 @@
 
 python -m tools.reproduce.again [CELL] [--run]
 
-The runs, of the seeds that the cell has, go to docs/results/again/; the small model is made anew where the user's cache
-has none, which gives other weights on another kind of processor.
+The runs, of the seeds that the cell has, go to a folder of the machine in docs/results/again/; the small model is made
+anew where the user's cache has none, which gives other weights on another kind of processor.
 """
 
 import argparse
@@ -26,23 +26,34 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def folder(results: Path | None = None) -> Path:
-    return (results or archive.RESULTS) / "again"
+def folder(machine: str, results: Path | None = None) -> Path:
+    """Where runs made on this machine are committed."""
+    words = "".join(c if c.isalnum() else " " for c in machine).split()
+    return (results or archive.RESULTS) / "again" / "-".join(words)
 
 
 def table(cell: str, results: Path | None = None) -> str:
-    """A row a measure: the cell's interval, the mean of what was made again, and whether it lies inside."""
-    once, later = (archive.committed(CELLS[cell], where) for where in (results, folder(results)))
-    first, again = list(once.values()), [later[seed] for seed in once if seed in later]
+    """A row a measure: the cell's interval; of each machine that made it again the mean, and whether it lies inside."""
+    once = archive.committed(CELLS[cell], results)
+    machines = sorted(((results or archive.RESULTS) / "again").glob("*"))
+    found = [archive.committed(CELLS[cell], each) for each in machines]
+    again = [[runs[seed] for seed in once if seed in runs] for runs in found]
+    again = [runs for runs in again if runs]
     title = f"## {CELLS[cell].label}, made again\n\n`python -m tools.reproduce.again {cell}`\n\n"
-    if len(first) < 2 or not again:
-        return f"{title}**not run yet**: {len(first)} runs and {len(again)} made again; two and one are needed."
-    lines = [row(["", f"{_on(first)}, {len(first)} seeds", f"{_on(again)}, {len(again)} seeds", "inside"])]
-    lines += [row(["---"] * 4)]
+    if len(once) < 2 or not again:
+        return (
+            f"{title}**not run yet**: {len(once)} runs and {sum(map(len, again))} made again; two and one are needed."
+        )
+    first = list(once.values())
+    header = ["", *(text for runs in again for text in (f"{_on(runs)}, {len(runs)} seeds", "inside"))]
+    header.insert(1, f"{_on(first)}, {len(first)} seeds")
+    lines = [row(header), row(["---"] * len(header))]
     for label, measure in MEASURES.items():
-        interval, mean = s.interval([measure(r) for r in first]), s.interval([measure(r) for r in again])
-        inside = interval.low <= mean.mean <= interval.high
-        lines.append(row([label, shown(interval), shown(mean), "yes" if inside else "no"]))
+        interval = s.interval([measure(run) for run in first])
+        means = [s.interval([measure(run) for run in runs]) for runs in again]
+        inside = ["yes" if interval.low <= mean.mean <= interval.high else "no" for mean in means]
+        pairs = [text for mean, is_in in zip(means, inside, strict=True) for text in (shown(mean), is_in)]
+        lines.append(row([label, shown(interval), *pairs]))
     return title + "\n".join(lines)
 
 
@@ -55,11 +66,12 @@ def run(cell: str) -> None:
     from tools.reproduce import runner
     from tools.reproduce.session import session
 
-    done = archive.committed(CELLS[cell], folder())
+    here = folder(runner.machine())
+    done = archive.committed(CELLS[cell], here)
     missing = [Run(CELLS[cell], seed) for seed in archive.committed(CELLS[cell]) if seed not in done]
     with session() as shared:
         for each in missing:
-            runner.make(each, shared, results=folder())
+            runner.make(each, shared, results=here)
             print(f"{each.name} is made again", flush=True)
 
 
