@@ -37,23 +37,23 @@ def table(cell: str, results: Path | None = None) -> str:
     once = archive.committed(CELLS[cell], results)
     machines = sorted(((results or archive.RESULTS) / "again").glob("*"))
     found = [archive.committed(CELLS[cell], each) for each in machines]
-    again = [[runs[seed] for seed in once if seed in runs] for runs in found]
-    again = [runs for runs in again if runs]
+    again = [[runs[seed] for seed in once if seed in runs] for runs in found if once.keys() & runs.keys()]
     title = f"## {CELLS[cell].label}, made again\n\n`python -m tools.reproduce.again {cell}`\n\n"
     if len(once) < 2 or not again:
         return (
             f"{title}**not run yet**: {len(once)} runs and {sum(map(len, again))} made again; two and one are needed."
         )
     first = list(once.values())
-    header = ["", *(text for runs in again for text in (f"{_on(runs)}, {len(runs)} seeds", "inside"))]
-    header.insert(1, f"{_on(first)}, {len(first)} seeds")
+    repeats = [text for runs in again for text in (f"{_on(runs)}, {len(runs)} seeds", "inside")]
+    header = ["", f"{_on(first)}, {len(first)} seeds", *repeats]
     lines = [row(header), row(["---"] * len(header))]
     for label, measure in MEASURES.items():
         interval = s.interval([measure(run) for run in first])
-        means = [s.interval([measure(run) for run in runs]) for runs in again]
-        inside = ["yes" if interval.low <= mean.mean <= interval.high else "no" for mean in means]
-        pairs = [text for mean, is_in in zip(means, inside, strict=True) for text in (shown(mean), is_in)]
-        lines.append(row([label, shown(interval), *pairs]))
+        cells = [label, shown(interval)]
+        for runs in again:
+            mean = s.interval([measure(run) for run in runs])
+            cells += [shown(mean), "yes" if interval.low <= mean.mean <= interval.high else "no"]
+        lines.append(row(cells))
     return title + "\n".join(lines)
 
 
