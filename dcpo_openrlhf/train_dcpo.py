@@ -90,7 +90,7 @@ def run(recipe: Recipe, *, serving: Any = None, then: Callable[["DCPOTrainer"], 
                 then(trainer)
         except KeyboardInterrupt:
             if bound:
-                _before_exit(trainer.save_before_exit, signals.seconds_left())
+                _before_exit(trainer.saving.before_exit, signals.seconds_left())
             raise
         except Exception as error:
             from dcpo_openrlhf.policy import deaths
@@ -158,16 +158,16 @@ def _before_exit(save: Callable[[], Any], seconds: float, *, bound: str = "check
 
 def _save_after_error(trainer: "DCPOTrainer", seconds: float) -> None:
     """A checkpoint of the last finished step, where the weights are still that step's; else say what is lost."""
-    if trainer.in_hand is None:
-        _before_exit(trainer.save_before_exit, seconds, bound="checkpoint.error_timeout")
+    if trainer.saving.in_hand is None:
+        _before_exit(trainer.saving.before_exit, seconds, bound="checkpoint.error_timeout")
         return
-    _before_exit(trainer.checkpoints.finish, seconds, bound="checkpoint.error_timeout")
-    saved = trainer.checkpoints.saved_step
+    _before_exit(trainer.saving.checkpoints.finish, seconds, bound="checkpoint.error_timeout")
+    saved = trainer.saving.checkpoints.saved_step
     logger.warning(
         "the update of step %d was under way, so the weights are no finished step's: of %d steps after the newest "
         "checkpoint (step %d) nothing is saved",
-        trainer.in_hand,
-        trainer.in_hand - saved,
+        trainer.saving.in_hand,
+        trainer.saving.in_hand - saved,
         saved,
     )
 

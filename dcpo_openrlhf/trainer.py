@@ -21,7 +21,7 @@ from dcpo_openrlhf.assemble import (
     make_watchers,
     recorded,
 )
-from dcpo_openrlhf.checkpoint import Checkpoint, CheckpointFolder
+from dcpo_openrlhf.checkpoint import Checkpoint
 from dcpo_openrlhf.colocation import Colocation
 from dcpo_openrlhf.experience import DCPOExperience, put
 from dcpo_openrlhf.experience_maker import DCPOExperienceMaker
@@ -40,6 +40,7 @@ from dcpo_openrlhf.rollout.ahead import FILE as AHEAD
 from dcpo_openrlhf.rollout.checks import require_possible_samples
 from dcpo_openrlhf.rollout.generator import arguments
 from dcpo_openrlhf.rollout.replay import EVALUATION_STEP, TEMPERED_STEP
+from dcpo_openrlhf.saving import Saving
 
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer  # isort: skip  (rollout installs the stub it needs)
 
@@ -75,22 +76,17 @@ class DCPOTrainer(BasePPOTrainer):
         self.monitor, self.log = make_monitor(recipe), make_log(recipe, done=point.step if point else 0)
         self.timeline, self.profile = make_watchers(recipe, actor_group, engines)
         self.weights_version, self.starting_model = 0, starting_model(recipe)
-        c = recipe.checkpoint
-        self.checkpoints = CheckpointFolder(
-            recipe.run.dir / "checkpoints",
-            keep_last=c.keep_last,
-            keep_best=c.keep_best,
-            write=self.write_checkpoint,
-            finish=lambda: ray.get(actor_group.async_run_method("finish_checkpoint")),
+        self.saving = Saving(
+            recipe,
+            actor_group,
+            self.ahead,
+            stop_forward=self.experience_maker.stop_forward,
+            policy_back=self.devices.policy_back,
         )
         self.point = point
         self.begin = time.monotonic()
         self.history: list[dict[str, float]] = []
         self.before: float | None = None
-        self.settled: tuple[dict[str, Any], dict[str, float]] | None = None
-        """State and scores after the last finished step of this process: what a checkpoint saves."""
-        self.in_hand: int | None = None
-        """The step whose update is under way: until it is settled, weights and state do not agree."""
 
     def fit(self, global_step: int = 0) -> None:
         """Run the recipe, or the rest of it: evaluation, `train.steps` steps, evaluation, export, report."""
@@ -101,12 +97,12 @@ class DCPOTrainer(BasePPOTrainer):
             clock = Stopwatch()
             samples = self.rollout(step)
             clock.lap("rollout")
-            self.finish_checkpoint()
+            self.saving.finish()
             clock.lap("checkpoint")
             experiences: list[Any] = self.experience_maker.make_experience_batch(samples)
             clock.lap("token_stats")
             with signals.held():  # a signal that arrives during an update waits for its end
-                self.in_hand = step
+                self.saving.in_hand = step
                 with phase("update"):
                     put(experiences, self.actor_model_group)
                     status = self.ppo_train(step)
@@ -121,7 +117,7 @@ class DCPOTrainer(BasePPOTrainer):
             del samples, experiences  # before the next step's come: gigabytes of a large one
             self.evaluate_between(step)
             if recipe.checkpoint.every and (step % recipe.checkpoint.every == 0 or self.monitor.stopping):
-                self.begin_checkpoint()
+                self.saving.begin()
             self.timeline.write(step)
             if self.monitor.stopping:
                 break
@@ -130,8 +126,8 @@ class DCPOTrainer(BasePPOTrainer):
     def end(self, step: int) -> None:
         """What follows the last step: evaluation, export, report."""
         after = self.evaluate(step)
-        self.finish_checkpoint()
-        self.checkpoints.score(step, {} if after is None else {"heldout_accuracy": after})
+        self.saving.finish()
+        self.saving.checkpoints.score(step, {} if after is None else {"heldout_accuracy": after})
         exported = self.export()
         self.report(after, exported)
         self.timeline.write(step, "end")
@@ -157,7 +153,7 @@ class DCPOTrainer(BasePPOTrainer):
         self.grader.timeouts, self.grader.crashes, self.grader.failures = counts[:3]
         self.history, self.before = state["history"], state["heldout_before"]
         self.begin -= 60 * state["minutes"]
-        self.checkpoints.saved_step = self.point.step
+        self.saving.checkpoints.saved_step = self.point.step
         self.evaluate_between(self.point.step, made=self.point.scores())  # a signal or an error may have come before it
         return self.point.step
 
@@ -180,37 +176,7 @@ class DCPOTrainer(BasePPOTrainer):
             "minutes": self.minutes(),
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        self.settled, self.in_hand = (state, scores), None
-
-    @phase("save")
-    def begin_checkpoint(self) -> None:
-        """Start the checkpoint of the last finished step; it is finished after the next rollout, or at once."""
-        assert self.settled is not None
-        with signals.held():
-            self.checkpoints.begin(*self.settled)
-        if not self.recipe.checkpoint.asynchronous:
-            self.finish_checkpoint()
-
-    def write_checkpoint(self, folder: Path) -> None:
-        """The policy, and the next step's responses where they were begun."""
-        assert self.settled is not None
-        self.ahead.save(folder / AHEAD, step=self.settled[0]["step"] + 1)
-        ray.get(self.actor_model_group.async_run_method("save_checkpoint", str(folder)))
-
-    @phase("save")
-    def finish_checkpoint(self) -> None:
-        """Wait until the checkpoint in flight, if any, is whole."""
-        with signals.held():
-            self.checkpoints.finish()
-
-    def save_before_exit(self) -> None:
-        """A whole checkpoint of the last finished step, if this process finished one that is not saved."""
-        self.experience_maker.stop_forward()
-        self.checkpoints.finish()
-        if self.settled is not None and self.settled[0]["step"] > self.checkpoints.saved_step:
-            self.devices.policy_back()
-            self.checkpoints.begin(*self.settled)
-            self.checkpoints.finish()
+        self.saving.settle(state, scores)
 
     def minutes(self) -> float:
         """Minutes of this run, those before its checkpoint included."""
@@ -323,15 +289,16 @@ class DCPOTrainer(BasePPOTrainer):
         self.log.close()
         self.timeline.close()
         if self.monitor.stopping:
-            raise MonitorStop(self.monitor.stopping, saved=what_is_kept(self.recipe, self.checkpoints.saved_step))
+            saved = what_is_kept(self.recipe, self.saving.checkpoints.saved_step)
+            raise MonitorStop(self.monitor.stopping, saved=saved)
 
     def evaluate_between(self, step: int, made: Collection[str] = ()) -> None:
         """What evaluation.every asks for after a step before the last; `made`: the scores of its checkpoint."""
         every = self.recipe.evaluation.every
         if every and step % every == 0 and step < self.recipe.train.steps and "heldout_accuracy" not in made:
             self.settle(step, heldout_accuracy=self.evaluate(step))
-            assert self.settled is not None
-            self.checkpoints.score(step, self.settled[1])
+            assert self.saving.settled is not None
+            self.saving.checkpoints.score(step, self.saving.settled[1])
 
     @phase("evaluation")
     def evaluate(self, global_step: int, **_: Any) -> float | None:  # type: ignore[override]

@@ -184,7 +184,7 @@ def test_the_loop_of_the_readme_is_the_trainers_without_its_clock() -> None:
 
     own = [line.removeprefix("        ") for line in lines(body)]
     own = [re.sub(r"(experiences): list\[Any\]", r"\1", line).replace(" | clock.seconds()", "") for line in own]
-    left_out = ("clock", "self.in_hand", "del ", "self.evaluate_between")
+    left_out = ("clock", "self.saving.in_hand", "del ", "self.evaluate_between")
     left_out += ("with phase", "self.profile", "self.timeline")
     own = [line.strip() for line in own if not line.strip().startswith(left_out)]
     assert [line.strip() for line in lines(block)] == own

@@ -20,7 +20,7 @@ LEVELS = (
     ("train_dcpo",),
     ("rollout_only",),
     ("trainer",),
-    ("assemble", "prompts"),
+    ("assemble", "prompts", "saving"),
     ("monitor",),
     ("experience_maker", "grading", "group_filter"),
     ("experience",),

@@ -321,14 +321,15 @@ class FakeTrainer:
     """A trainer that ends with an error, with two finished steps of which one is saved."""
 
     def __init__(self, in_hand: int | None) -> None:
-        self.in_hand, self.saved, self.actor_model_group = in_hand, [], None
-        self.checkpoints = SimpleNamespace(saved_step=1, finish=lambda: self.saved.append("in flight"))
+        self.saved, self.actor_model_group = [], None
+        self.saving = SimpleNamespace(
+            in_hand=in_hand,
+            before_exit=lambda: self.saved.append("step 2"),
+            checkpoints=SimpleNamespace(saved_step=1, finish=lambda: self.saved.append("in flight")),
+        )
 
     def fit(self) -> None:
         raise RuntimeError("an engine died")
-
-    def save_before_exit(self) -> None:
-        self.saved.append("step 2")
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,11 @@ def test_an_evaluation_between_is_made_once(step: int, made: tuple[str, ...], ev
     """A checkpoint that a signal saved before the evaluation of its step has no score of it."""
     calls: list[Any] = []
     fake = trainer(make_recipe(train={"steps": 4}, evaluation={"every": 2}))
-    fake.settled = ({}, {"heldout_accuracy": 0.5})
     fake.evaluate = lambda step: 0.5
     fake.settle = lambda *what, **scores: calls.append((*what, scores))
-    fake.checkpoints = SimpleNamespace(score=lambda *what: calls.append(what))
+    fake.saving = SimpleNamespace(
+        settled=({}, {"heldout_accuracy": 0.5}), checkpoints=SimpleNamespace(score=lambda *what: calls.append(what))
+    )
     DCPOTrainer.evaluate_between(fake, step, made)
     assert calls == ([(step, {"heldout_accuracy": 0.5})] * 2 if evaluated else [])
 
@@ -105,7 +106,7 @@ def test_a_resume_makes_the_evaluation_that_its_checkpoint_lacks(tmp_path: Path,
     fake.point = SimpleNamespace(step=2, path=tmp_path, state=lambda: state, scores=lambda: {"reward_mean": 0.5})
     fake.actor_model_group = SimpleNamespace(async_run_method=lambda *_: [None])
     fake.prompts = fake.controller = fake.monitor = fake.ahead = part
-    fake.grader, fake.checkpoints, fake.begin = SimpleNamespace(), SimpleNamespace(), 100.0
+    fake.grader, fake.saving, fake.begin = SimpleNamespace(), SimpleNamespace(checkpoints=SimpleNamespace()), 100.0
     fake.sync_weights = lambda: did.append("sync")
     fake.evaluate_between = lambda step, made: did.append((step, made, fake.history))
     monkeypatch.setattr("dcpo_openrlhf.trainer.ray", SimpleNamespace(get=lambda found: found))
