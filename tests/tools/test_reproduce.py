@@ -1,5 +1,6 @@
 """The reproduction's tool: its grid, task, numbers over seeds, archive, and tables made of committed metrics."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -390,13 +391,40 @@ def test_what_was_made_again_lies_inside_or_not(tmp_path: Path) -> None:
         put(other, "dcpo", seed, result([0.81 + shift] * 4, accuracy=0.9), machine="other")
     put(other, "dcpo", 4, result([9.0] * 4), machine="a seed that the cell has not")
     text = again.table("dcpo", tmp_path)
-    assert "| one, 3 seeds | other, 3 seeds | inside |" in text
-    assert "| H, last quarter [nats/token] | 0.820 [0.770, 0.870] | 0.830 [0.780, 0.880] | yes |" in text
-    assert "| held-out accuracy, T = 0.1 | 0.520 [0.470, 0.570] | 0.900 [0.900, 0.900] | no |" in text
+    assert "| one, 3 seeds | other, 3 seeds | inside | difference |" in text
+    assert "| H, last quarter [nats/token] | 0.820 [0.770, 0.870] | 0.830 [0.780, 0.880] | yes | 0.010 [0." in text
+    accuracy = (
+        "| held-out accuracy, T = 0.1 | 0.520 [0.470, 0.570] | 0.900 [0.900, 0.900] | no | 0.380 [0.330, 0.430] |"
+    )
+    assert accuracy in text
     put(third, "dcpo", 2, result([0.7] * 4), machine="third")
     text = again.table("dcpo", tmp_path)
-    assert "| other, 3 seeds | inside | third, 1 seeds | inside |" in text
-    assert "| 0.820 [0.770, 0.870] | 0.830 [0.780, 0.880] | yes | 0.700 | no |" in text
+    assert "| other, 3 seeds | inside | difference | third, 1 seed | inside | difference |" in text
+    assert "| yes | 0.010 [0.010, 0.010] | 0.700 | no | -0.120 |" in text
+
+
+def test_a_cell_is_made_again_from_its_own_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """With --model nothing but the machine differs, and the record says so; its runs have a folder of their own."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(archive, "RESULTS", tmp_path)
+    monkeypatch.setattr("tools.reproduce.session.session", lambda: contextlib.nullcontext("engines"))
+    monkeypatch.setattr(runner, "make", lambda run, engines, **kw: made.append({"run": run.name, **kw}))
+    monkeypatch.setattr(runner, "machine", lambda: "one core")
+    put(tmp_path, "dcpo", 2, result([0.8] * 4))
+    model = tmp_path / "model"
+    with pytest.raises(SystemExit):
+        again.main(["--run", "--model", str(model)])
+    assert f"--model {model} is no model's folder" in capsys.readouterr().err
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for options in (["--model", str(model)], []):
+        assert again.main(["--run", *options]) == 0
+    where = "one core, the same start"
+    first = {"results": tmp_path / "again/one-core-the-same-start", "model": model, "where": where}
+    second = {"results": tmp_path / "again/one-core", "model": None, "where": "one core"}
+    assert made == [{"run": "small/dcpo/seed2", **first}, {"run": "small/dcpo/seed2", **second}]
+    files = {"model.path": model, "task.train": model / "train.jsonl", "task.heldout": model / "heldout.jsonl"}
+    assert runner.make_model("small", model) == {key: str(file) for key, file in files.items()}
 
 
 # --- which runs are made ---------------------------------------------------------------------------------------------

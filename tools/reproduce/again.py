@@ -1,9 +1,10 @@
 """One cell's runs made again, on a second machine: do they lie inside the cell's intervals?
 
-python -m tools.reproduce.again [CELL] [--run]
+python -m tools.reproduce.again [CELL] [--run] [--model DIR]
 
-The runs, of the seeds that the cell has, go to a folder of the machine in docs/results/again/; the small model is made
-anew where the user's cache has none, which gives other weights on another kind of processor.
+The runs, of the seeds that the cell has, go to a folder of the machine in docs/results/again/. The small model is made
+anew where the user's cache has none, which gives other weights on another kind of processor; --model takes the folder
+of the machine that made the cell, so that nothing but the machine differs.
 """
 
 import argparse
@@ -14,10 +15,12 @@ from pathlib import Path
 from tools.reproduce import archive
 from tools.reproduce import statistics as s
 from tools.reproduce.grid import CELLS, Run
-from tools.reproduce.report import Measure, row, shown
+from tools.reproduce.report import Measure, difference, row, shown
 
 CELL = "dcpo"
 """Of results.md."""
+SAME_START = ", the same start"
+"""What the record of a run with --model says after its machine."""
 MEASURES: dict[str, Measure] = {
     "H, last quarter [nats/token]": s.final_entropy,
     "right in training, T = 1, last quarter": s.final_success,
@@ -33,45 +36,50 @@ def folder(machine: str, results: Path | None = None) -> Path:
 
 
 def table(cell: str, results: Path | None = None) -> str:
-    """A row a measure: the cell's interval; of each machine that made it again the mean, and whether it lies inside."""
+    """A row a measure: the cell's interval; of each machine that made it again the mean, whether it lies inside, and
+    how far it is off, by pairs of runs with one seed.
+    """
     once = archive.committed(CELLS[cell], results)
     machines = sorted(((results or archive.RESULTS) / "again").glob("*"))
     found = [archive.committed(CELLS[cell], each) for each in machines]
-    again = [[runs[seed] for seed in once if seed in runs] for runs in found if once.keys() & runs.keys()]
+    again = [{seed: runs[seed] for seed in once if seed in runs} for runs in found if once.keys() & runs.keys()]
     title = f"## {CELLS[cell].label}, made again\n\n`python -m tools.reproduce.again {cell}`\n\n"
     if len(once) < 2 or not again:
         return (
             f"{title}**not run yet**: {len(once)} runs and {sum(map(len, again))} made again; two and one are needed."
         )
     first = list(once.values())
-    repeats = [text for runs in again for text in (f"{_on(runs)}, {len(runs)} seeds", "inside")]
-    header = ["", f"{_on(first)}, {len(first)} seeds", *repeats]
+    repeats = [text for runs in again for text in (_on(list(runs.values())), "inside", "difference")]
+    header = ["", _on(first), *repeats]
     lines = [row(header), row(["---"] * len(header))]
     for label, measure in MEASURES.items():
         interval = s.interval([measure(run) for run in first])
         cells = [label, shown(interval)]
         for runs in again:
-            mean = s.interval([measure(run) for run in runs])
-            cells += [shown(mean), "yes" if interval.low <= mean.mean <= interval.high else "no"]
+            mean = s.interval([measure(run) for run in runs.values()])
+            off = difference({"again": runs, "once": once}, "again", "once", measure)
+            cells += [shown(mean), "yes" if interval.low <= mean.mean <= interval.high else "no", shown(off)]
         lines.append(row(cells))
     return title + "\n".join(lines)
 
 
 def _on(runs: Sequence[archive.Result]) -> str:
-    return "; ".join(sorted({run.about["machine"] for run in runs}))
+    count = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+    return f"{'; '.join(sorted({run.about['machine'] for run in runs}))}, {count}"
 
 
-def run(cell: str) -> None:
-    """Make again what is missing, in a session of its own."""
+def run(cell: str, model: Path | None = None) -> None:
+    """Make again what is missing, in a session of its own; model: as --model."""
     from tools.reproduce import runner
     from tools.reproduce.session import session
 
-    here = folder(runner.machine())
+    where = runner.machine() + (SAME_START if model else "")
+    here = folder(where)
     done = archive.committed(CELLS[cell], here)
     missing = [Run(CELLS[cell], seed) for seed in archive.committed(CELLS[cell]) if seed not in done]
     with session() as shared:
         for each in missing:
-            runner.make(each, shared, results=here)
+            runner.make(each, shared, results=here, model=model, where=where)
             print(f"{each.name} is made again", flush=True)
 
 
@@ -81,9 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("cell", nargs="?", choices=CELLS, default=CELL, metavar="CELL", help="default: %(default)s")
     parser.add_argument("--run", action="store_true", help="make its runs again, where docs/results/again has none")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="start from this copy of the small model that the cell's runs had"
+    )
     args = parser.parse_args(argv)
+    if args.model is not None and not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model} is no model's folder: it has no config.json")
     if args.run:
-        run(args.cell)
+        run(args.cell, args.model)
     print(table(args.cell))
     return 0
 

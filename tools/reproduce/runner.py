@@ -48,12 +48,12 @@ def in_order(runs: Sequence[Run]) -> list[Run]:
     return sorted(dict.fromkeys(runs), key=lambda run: run.seed)
 
 
-def make_model(name: str) -> dict[str, str]:
-    """section.key -> value that the model's folder gives a recipe; made first where it is not there."""
+def make_model(name: str, folder: Path | None = None) -> dict[str, str]:
+    """section.key -> value that the model's folder gives a recipe; made first where none is named or there."""
     if name == "smollm2":
         ensure_smollm2()
         return {"model.path": str(default_output())}
-    folder = make_small_model("sums")
+    folder = folder or make_small_model("sums")
     files = {f"task.{name}": str(folder / f"{name}.jsonl") for name in ("train", "heldout")}
     return {"model.path": str(folder)} | files
 
@@ -68,15 +68,20 @@ def make_small_model(name: str) -> Path:
     return folder
 
 
-def make(run: Run, session: "Session", *, results: Path | None = None) -> archive.Result:
-    """Train the run to its end, or the rest of it, and put its numbers into the archive, or into another one."""
+def make(
+    run: Run, session: "Session", *, results: Path | None = None, model: Path | None = None, where: str | None = None
+) -> archive.Result:
+    """Train the run to its end, or the rest of it, and put its numbers into the archive, or into another one.
+
+    model: a small model's folder in place of this machine's own; where: what its record says in place of `machine()`.
+    """
     folder = folder_of(run, results)
-    own = make_model(run.cell.model) | {"run.dir": str(folder), "checkpoint.resume": "auto"}
+    own = make_model(run.cell.model, model) | {"run.dir": str(folder), "checkpoint.resume": "auto"}
     overrides = [*run.cell.overrides(run.seed), *(f"{key}={value}" for key, value in own.items())]
     recipe = load_recipe(RECIPES[run.cell.model], overrides)
     begin = time.monotonic()
     session.train(recipe, then=lambda trainer: count_right(trainer, folder / COUNTS))
-    result = collected(run, folder, minutes=(time.monotonic() - begin) / 60)
+    result = collected(run, folder, minutes=(time.monotonic() - begin) / 60, where=where or machine())
     archive.write(archive.file_of(run, results), result)
     return result
 
@@ -89,14 +94,14 @@ def count_right(trainer: "DCPOTrainer", file: Path) -> None:
     file.write_text(json.dumps({"samples": SAMPLES, "temperature": TEMPERATURE, "top_p": TOP_P, "right": right}))
 
 
-def collected(run: Run, folder: Path, *, minutes: float) -> archive.Result:
+def collected(run: Run, folder: Path, *, minutes: float, where: str) -> archive.Result:
     """What the run folder says, with where and of what it was made."""
     about = {
         "run": run.name,
         "identity": run.cell.identity,
         "keys": run.cell.keys,
         "minutes": minutes,
-        "machine": machine(),
+        "machine": where,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     evaluations = optional(folder, "evaluation.jsonl")
