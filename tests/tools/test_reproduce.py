@@ -144,6 +144,12 @@ def test_the_grader_of_a_recipe() -> None:
     good, bad = tasks.grade([(problem, exact, "-", "sums", {}), (problem, "0 0 0 0 0 0", "-", "sums", {})])
     assert (good["reward"], good["success"], good["extracted"]) == (1.0, 1.0, exact)
     assert (bad["reward"], bad["success"]) == (0.0, 0.0)
+    totals = exact.split()
+    for wrong in range(7):
+        answer = " ".join([*("0" for _ in totals[:wrong]), *totals[wrong:]])
+        rows = [(problem, answer, "-", "sums", {})]
+        found = [grade(rows)[0]["success"] for grade in (tasks.grade, tasks.grade_easy)]
+        assert found == [wrong <= 1, wrong <= 4]
 
 
 def test_what_can_be_reached_by_trying_all_signs() -> None:

@@ -96,6 +96,7 @@ def _cells() -> Iterator[Cell]:
             yield small(name, f"dcpo, H_0 = {level:g}", "dcpo", **HOLDING | {"target_entropy": level})
     yield from QUESTIONS
     yield from AFTERWARDS
+    yield from SOLVED
     yield from _headline()
 
 
@@ -138,6 +139,13 @@ AFTERWARDS = (
     ),
     small("dcpo-long", f"dcpo, H_0 = {TARGET:g}, {LONG} steps", "dcpo", **HOLDING, train__steps=LONG),
 )
+_EASY: dict[str, Any] = {"reward__function": "tools.reproduce.tasks:grade_easy", "train__steps": LONG}
+SOLVED = (
+    small("grpo-easy", "grpo, easy", "grpo", **_EASY),
+    small("dcpo-easy", f"dcpo, H_0 = {TARGET:g}, easy", "dcpo", **HOLDING, **_EASY),
+    small("dcpo-paper-easy", "dcpo, the paper's constants, easy", "dcpo", **_EASY),
+)
+"""Where most groups are all right from the start, so that GRPO's advantage, and its pull on the entropy, is small."""
 
 
 def _headline() -> Iterator[Cell]:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
-from tools.reproduce.grid import AFTERWARDS, CELLS, LEVELS, OTHERS, QUESTIONS, SEEDS, TARGET, Run
+from tools.reproduce.grid import AFTERWARDS, CELLS, LEVELS, OTHERS, QUESTIONS, SEEDS, SOLVED, TARGET, Run
 from tools.reproduce.report import (
     Claim,
     Measure,
@@ -312,6 +312,23 @@ def afterwards(table: Table, results: Results, folder: Path) -> Report:
     )
 
 
+def solved(table: Table, results: Results, folder: Path) -> Report:
+    """The other end of the map: a task on which GRPO has little left to teach."""
+    curves(results, table.labels(), folder / "solved.svg", panels=CURVES, targets=_targets(results))
+    grpo, dcpo, paper = table.cells
+    claims = [entropy_claim(results, paper, "holds"), entropy_claim(results, dcpo, "holds")]
+    for name in (paper, dcpo):
+        text = f"{CELLS[name].label}: keeps more entropy than grpo"
+        claims.append(larger(results, name, grpo, s.final_entropy, text))
+    return Report(
+        table.name,
+        "A task that is nearly solved: do the paper's constants hold the entropy there?",
+        claims,
+        **columns_of(results, table.labels(), ENTROPY | {"pull": s.pull} | SCORES),
+        figure="solved.svg",
+    )
+
+
 def theorem_3_1(table: Table, results: Results, folder: Path) -> Report:
     return theorem.report(table.name, gradients.load(folder))
 
@@ -351,6 +368,7 @@ TABLES: dict[str, Table] = {
         Table("questions", ["dcpo", *_ASKED], questions),
         Table("precision", [*LEVELS.values(), *_ASKED], precision),
         Table("afterwards", [cell.name for cell in AFTERWARDS], afterwards),
+        Table("solved", [cell.name for cell in SOLVED], solved),
         Table("smollm2", ["dcpo-demo", "grpo-demo"], headline),
     )
 }

@@ -5,7 +5,7 @@ Standard library alone: a grader runs in a process of its own.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FAR = 256
@@ -131,12 +131,21 @@ class Signs:
 Task = Sums | Signs
 """What a small model is taught, sampled and graded on."""
 SUMS, SIGNS = Sums(), Signs()
+EASY = replace(SUMS, wrong=4)
+"""The same problems for the same model, which is right in 92 % of its samples here."""
+Rows = Sequence[tuple[str, str, str, str, Any]]
+"""(prompt, response, answer, source, metadata) of each response: what a reward.function is called with."""
 
 
-def grade(batch: Sequence[tuple[str, str, str, str, Any]]) -> list[dict[str, Any]]:
-    """Reward and success of each (prompt, response, answer, source, metadata) of SUMS: a reward.function."""
-    rights = [float(SUMS.right(prompt, response)) for prompt, response, *_ in batch]
+def grade(batch: Rows, task: Sums = SUMS) -> list[dict[str, Any]]:
+    """Reward and success by SUMS, or another one."""
+    rights = [float(task.right(prompt, response)) for prompt, response, *_ in batch]
     return [{"reward": r, "success": r, "extracted": row[1]} for r, row in zip(rights, batch, strict=True)]
+
+
+def grade_easy(batch: Rows) -> list[dict[str, Any]]:
+    """By EASY."""
+    return grade(batch, EASY)
 
 
 def _read(problem: str) -> tuple[int, list[int]]:
