@@ -293,8 +293,8 @@ def test_scores_of_a_run() -> None:
     assert (s.accuracy_before(run), s.accuracy(run)) == (0.1, 0.5)
 
 
-@pytest.mark.parametrize(("temperature", "pull"), [(2.0, 0.125), (0.5, 0.25), (1.25, 0.05), (1.0, 0.0)])
-def test_pull_counts_both_sides_of_one(temperature: float, pull: float) -> None:
+@pytest.mark.parametrize(("temperature", "pull"), [(2.0, 0.125), (0.5, 0.0), (1.25, 0.05), (1.0, 0.0)])
+def test_pull_is_of_steps_that_lift_the_entropy(temperature: float, pull: float) -> None:
     assert s.pull(result([1.0] * 4, temperature=temperature)) == pytest.approx(pull)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcpo_openrlhf import objectives
-from tools.reproduce import gradients, runner, small_model, tables, tasks, theorem
+from tools.reproduce import again, gradients, runner, small_model, tables, tasks, theorem
 from tools.reproduce.archive import RESULTS
 
 TINY_TASK = tasks.Signs(largest=8, size=4, target=20, count=450)
@@ -303,6 +303,34 @@ def test_run_makes_the_numbers_where_they_are_missing(tmp_path: Path, monkeypatc
     assert theorem.report("theorem_3_1", found).rows
     monkeypatch.setattr(gradients, "measure", lambda folder: pytest.fail("made again"))
     runner.make_gradients()
+
+
+def test_what_was_made_again_lies_inside_or_not(tmp_path: Path) -> None:
+    assert "**not run yet**" in again.theorem_table(tmp_path)
+    gradients.write(tmp_path, {"machine": "one", "minutes": 4.6}, lines())
+    assert "**not run yet**" in again.theorem_table(tmp_path)
+    moved = lines()
+    for line in moved:
+        if line["weight"] == "token":
+            line["bias"] = [10 * value for value in line["bias"]]
+    gradients.write(again.folder("other", tmp_path), {"machine": "other", "minutes": 1.0}, moved)
+    text = again.theorem_table(tmp_path)
+    assert "| one, 5 minutes: intervals over problems that hold the mean of | other, 1 minutes |" in text
+    for told in ("bias | 4 of 8", "cosine with g | 12 of 12", "claims that are told alike | 5 of 6"):
+        assert f"| {told} |" in text, "what sequences have of bias is rounding; tokens are now no less biased than none"
+
+
+def test_a_second_machines_sums_have_a_folder_of_their_own(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(runner.archive, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner, "machine", lambda: "one core")
+    monkeypatch.setattr(runner, "make_gradients", made.append)
+    assert again.main([again.THEOREM, "--run"]) == 0
+    assert made == [tmp_path / "again/one-core"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        again.main([again.THEOREM, "--run", "--model", str(tmp_path)])
+    assert "theorem_3_1 has a model of its own" in capsys.readouterr().err
 
 
 def test_committed_numbers_are_of_this_task() -> None:

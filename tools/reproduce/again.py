@@ -1,6 +1,6 @@
-"""One cell's runs made again, on a second machine: do they lie inside the cell's intervals?
+"""One cell's runs, or theorem_3_1, made again on a second machine: do they lie inside the first one's intervals?
 
-python -m tools.reproduce.again [CELL] [--run] [--model DIR]
+python -m tools.reproduce.again [CELL] [--run] [--model DIR]        CELL: one of the grid's, or theorem_3_1
 
 The runs, of the seeds that the cell has, go to a folder of the machine in docs/results/again/. The small model is made
 anew where the user's cache has none, which gives other weights on another kind of processor; --model takes the folder
@@ -12,13 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.reproduce import archive
+from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
 from tools.reproduce.grid import CELLS, Run
 from tools.reproduce.report import Measure, difference, row, shown
 
 CELL = "dcpo"
 """Of results.md."""
+THEOREM = "theorem_3_1"
+EXACT = 1e-9
+"""An interval that is narrower is of a number without error, which tells nothing."""
 SAME_START = ", the same start"
 """What the record of a run with --model says after its machine."""
 MEASURES: dict[str, Measure] = {
@@ -63,18 +66,52 @@ def table(cell: str, results: Path | None = None) -> str:
     return title + "\n".join(lines)
 
 
+def theorem_table(results: Path | None = None) -> str:
+    """A row a number: at how many (T, n, weight) a second machine's mean lies inside the first one's interval."""
+    root = results or archive.RESULTS
+    title = f"## Theorem 3.1, made again\n\n`python -m tools.reproduce.again {THEOREM}`\n\n"
+    once, folders = gradients.load(root), sorted((root / "again").glob("*"))
+    repeats = {gradients.machine(each): found for each in folders if (found := gradients.load(each)) is not None}
+    if once is None or not repeats:
+        return f"{title}**not run yet**"
+    first = theorem.Numbers(once)
+    lines = [row([f"{gradients.machine(root)}: intervals over problems that hold the mean of", *repeats])]
+    lines.append(row(["---"] * (1 + len(repeats))))
+    for key, label in theorem.COLUMNS.items():
+        intervals = {
+            (weight, place): s.interval(first.of(weight, key, place))
+            for weight in gradients.WEIGHTS
+            for place in first.places
+        }
+        told = {where: found for where, found in intervals.items() if found.high - found.low > EXACT}
+        cells = []
+        for found in map(theorem.Numbers, repeats.values()):
+            means = {where: s.interval(found.of(where[0], key, where[1])).mean for where in told}
+            cells.append(f"{sum(told[w].low <= mean <= told[w].high for w, mean in means.items())} of {len(told)}")
+        lines.append(row([label, *cells]))
+    said = [claim.verdict for claim in theorem.claims(first)]
+    same = []
+    for found in repeats.values():
+        verdicts = [claim.verdict for claim in theorem.claims(theorem.Numbers(found))]
+        same.append(f"{sum(map(str.__eq__, said, verdicts))} of {len(said)}")
+    return title + "\n".join([*lines, row(["claims that are told alike", *same])])
+
+
 def _on(runs: Sequence[archive.Result]) -> str:
     count = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
     return f"{'; '.join(sorted({run.about['machine'] for run in runs}))}, {count}"
 
 
 def run(cell: str, model: Path | None = None) -> None:
-    """Make again what is missing, in a session of its own; model: as --model."""
+    """Make again what is missing, runs in a session of their own; model: as --model."""
     from tools.reproduce import runner
     from tools.reproduce.session import session
 
     where = runner.machine() + (SAME_START if model else "")
     here = folder(where)
+    if cell == THEOREM:
+        runner.make_gradients(here)
+        return
     done = archive.committed(CELLS[cell], here)
     missing = [Run(CELLS[cell], seed) for seed in archive.committed(CELLS[cell]) if seed not in done]
     with session() as shared:
@@ -87,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.reproduce.again", description="A cell's runs on a second machine."
     )
-    parser.add_argument("cell", nargs="?", choices=CELLS, default=CELL, metavar="CELL", help="default: %(default)s")
+    parser.add_argument(
+        "cell", nargs="?", choices=[*CELLS, THEOREM], default=CELL, metavar="CELL", help="default: %(default)s"
+    )
     parser.add_argument("--run", action="store_true", help="make its runs again, where docs/results/again has none")
     parser.add_argument(
         "--model", type=Path, metavar="DIR", help="start from this copy of the small model that the cell's runs had"
@@ -95,9 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.model is not None and not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model} is no model's folder: it has no config.json")
+    if args.model is not None and args.cell == THEOREM:
+        parser.error(f"--model is the grid's; {THEOREM} has a model of its own")
     if args.run:
         run(args.cell, args.model)
-    print(table(args.cell))
+    print(theorem_table() if args.cell == THEOREM else table(args.cell))
     return 0
 
 

@@ -216,3 +216,12 @@ def load(folder: Path) -> list[dict[str, Any]] | None:
         return None
     found = json.loads(file.read_text())
     return found["lines"] if found["about"].get("how") == HOW else None
+
+
+def machine(folder: Path) -> str:
+    """Where the folder's numbers were made, and in how many minutes; "-" where there are none."""
+    file = folder / FILE
+    if not file.is_file():
+        return "-"
+    about = json.loads(file.read_text())["about"]
+    return f"{about['machine']}, {about['minutes']:.0f} minutes"

@@ -152,13 +152,14 @@ def make_all(runs: Sequence[Run], *, minutes: float, say: Callable[[str], None] 
     return len(left) + elsewhere
 
 
-def make_gradients() -> None:
-    """docs/results/gradients.json, where it is missing or of another task."""
+def make_gradients(results: Path | None = None) -> None:
+    """gradients.json of docs/results/, or of another folder, where it is missing or of another task."""
     from tools.reproduce import gradients
 
-    if gradients.load(archive.RESULTS) is None:
+    results = results or archive.RESULTS
+    if gradients.load(results) is None:
         folder = make_small_model("signs")
         begin = time.monotonic()
         lines = gradients.measure(folder)
         about = {"machine": machine(), "minutes": (time.monotonic() - begin) / 60}
-        gradients.write(archive.RESULTS, about, lines)
+        gradients.write(results, about, lines)

@@ -60,7 +60,7 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
 # --- of one run ------------------------------------------------------------------------------------------------------
 
 
-def last(values: Sequence[float], share: float = 0.25) -> list[float]:
+def last[T](values: Sequence[T], share: float = 0.25) -> list[T]:
     """The last share of the steps, at least one."""
     return list(values[-max(round(share * len(values)), 1) :])
 
@@ -102,12 +102,15 @@ def regulariser_share(result: Result) -> float:
 
 
 def pull(result: Result) -> float:
-    """What the regulariser can move: its share of the advantage times |1 - 1/T|, mean over the last half.
+    """What the regulariser can lift: its share of the advantage times 1 - 1/T, mean over the steps of the last half in
+    which T is above 1; 0 without one.
 
     It moves the logits by alpha (pi^T - pi), which is (1/T - 1) pi (log pi - E log pi) to first order.
     """
     shares, temperatures = (result.series(f"dcpo/{name}") for name in ("regulariser_share", "temperature"))
-    return fmean(last([share * abs(1 - 1 / t) for share, t in zip(shares, temperatures, strict=True)], 0.5))
+    steps = last(list(zip(shares, temperatures, strict=True)), 0.5)
+    lifts = [share * (1 - 1 / t) for share, t in steps if t > 1]
+    return fmean(lifts) if lifts else 0.0
 
 
 class Tracking(NamedTuple):

@@ -99,10 +99,11 @@ def _seeds(count: int) -> str:
 def entropy_claim(results: Results, cell: str, does: str) -> Claim:
     """`cell` holds or collapses."""
     verdict = held(results, cell) if does == "holds" else collapsed(results, cell)
-    what = over_seeds(results, cell, relative_entropy)
-    label = CELLS[cell].label
+    error, what = (over_seeds(results, cell, measure) for measure in (distance, relative_entropy))
     because = "" if what is None else f"H ends at {shown(what, 2)} of H_0, {what.seeds} {_seeds(what.seeds)}"
-    return Claim(f"{label} {does}", verdict, because)
+    if does == "holds" and error is not None:
+        because = f"mean abs(H - H_0) / H_0 is {shown(error, 2)}, {because}"
+    return Claim(f"{CELLS[cell].label} {does}", verdict, because)
 
 
 ENTROPY: dict[str, Measure] = {
@@ -231,7 +232,10 @@ def questions(table: Table, results: Results, folder: Path) -> Report:
         beside = BESIDE.get(name, "dcpo")
         text = f"{CELLS[name].label}: farther from H_0 than {CELLS[beside].label}"
         claims.append(larger(results, name, beside, distance, text))
-    across, up = "the regulariser's share of the advantage x |1 - 1/T|, last half", "H of the last quarter / H_0"
+    across, up = (
+        "the regulariser's share of the advantage x (1 - 1/T), steps with T > 1, last half",
+        "H of the last quarter / H_0",
+    )
     plane(
         results,
         table.labels(),
@@ -264,7 +268,7 @@ def rule_of_thumb(runs: Sequence[archive.Result]) -> str:
     rule = ""
     if pulls[True] and pulls[False]:
         rule = " The pull alone tells them apart." if separates else " The pull alone does not tell them apart."
-    return f"The map (pull: the share of the advantage x |1 - 1/T|): {'; '.join(said)}.{rule}"
+    return f"The map (pull: the share of the advantage x (1 - 1/T), steps with T > 1): {'; '.join(said)}.{rule}"
 
 
 def precision(table: Table, results: Results, folder: Path) -> Report:
