@@ -95,6 +95,7 @@ def _cells() -> Iterator[Cell]:
         if name != "dcpo":
             yield small(name, f"dcpo, H_0 = {level:g}", "dcpo", **HOLDING | {"target_entropy": level})
     yield from QUESTIONS
+    yield SLOW_GRPO
     yield from AFTERWARDS
     yield from SOLVED
     yield from _headline()
@@ -127,6 +128,8 @@ def _questions() -> Iterator[Cell]:
 
 
 QUESTIONS = tuple(_questions())
+SLOW_GRPO = small("grpo-learning-rate--3", "grpo, learning rate / 3", "grpo", optimizer__learning_rate=1.0e-4)
+"""Beside the runs of dcpo at that rate: what of it is the rate's."""
 LONG = 240
 """Steps of the runs that go on where those of the other tables end, at 60."""
 AFTERWARDS = (

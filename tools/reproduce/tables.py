@@ -7,7 +7,7 @@ from statistics import fmean
 
 from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
-from tools.reproduce.grid import AFTERWARDS, CELLS, LEVELS, OTHERS, QUESTIONS, SEEDS, SOLVED, TARGET, Run
+from tools.reproduce.grid import AFTERWARDS, CELLS, LEVELS, OTHERS, QUESTIONS, SEEDS, SLOW_GRPO, SOLVED, TARGET, Run
 from tools.reproduce.report import (
     Claim,
     Measure,
@@ -226,19 +226,23 @@ BESIDE = {
 
 def questions(table: Table, results: Results, folder: Path) -> Report:
     """What paper and code leave open: one key changed at a time; the map of what holds, with the reason."""
-    asked = [name for name in table.cells if name not in ("dcpo", "dcpo-paper")]
+    slow, slow_paper = SLOW_GRPO.name, "dcpo-learning-rate--3-the-paper-s-constants"
+    asked = [name for name in table.cells if name not in ("dcpo", "dcpo-paper", slow)]
     claims = [entropy_claim(results, "dcpo-paper", "holds")]
     for name in asked:
         beside = BESIDE.get(name, "dcpo")
         text = f"{CELLS[name].label}: farther from H_0 than {CELLS[beside].label}"
         claims.append(larger(results, name, beside, distance, text))
+    for what, measure in {"entropy": s.final_entropy, "held-out accuracy": s.accuracy}.items():
+        text = f"{CELLS[slow_paper].label}: more {what} than {SLOW_GRPO.label}"
+        claims.append(larger(results, slow_paper, slow, measure, text))
     across, up = (
         "the regulariser's share of the advantage x (1 - 1/T), steps with T > 1, last half",
         "H of the last quarter / H_0",
     )
     plane(
         results,
-        table.labels(),
+        table.labels([name for name in table.cells if name != slow]),
         folder / "questions.svg",
         across=(across, s.pull),
         up=(up, relative_entropy),
@@ -369,7 +373,7 @@ TABLES: dict[str, Table] = {
         Table("table_3", METHODS, table_3),
         Table("table_5", ["grpo", *_with_paper(["dcpo", "dcpo_wo_double_is", "dcpo_wo_reinforce"])], table_5),
         Table("theorem_3_1", [], theorem_3_1),
-        Table("questions", ["dcpo", *_ASKED], questions),
+        Table("questions", ["dcpo", *_ASKED, SLOW_GRPO.name], questions),
         Table("precision", [*LEVELS.values(), *_ASKED], precision),
         Table("afterwards", [cell.name for cell in AFTERWARDS], afterwards),
         Table("solved", [cell.name for cell in SOLVED], solved),
