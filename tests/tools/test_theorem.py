@@ -328,9 +328,10 @@ def test_a_second_machines_sums_have_a_folder_of_their_own(tmp_path: Path, monke
     assert again.main([again.THEOREM, "--run"]) == 0
     assert made == [tmp_path / "again/one-core"]
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        again.main([again.THEOREM, "--run", "--model", str(tmp_path)])
-    assert "theorem_3_1 has a model of its own" in capsys.readouterr().err
+    for cell in (again.THEOREM, "dcpo-demo"):
+        with pytest.raises(SystemExit):
+            again.main([cell, "--run", "--model", str(tmp_path)])
+        assert f"{cell} has another one" in capsys.readouterr().err
 
 
 def test_committed_numbers_are_of_this_task() -> None:

@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.model is not None and not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model} is no model's folder: it has no config.json")
-    if args.model is not None and args.cell == THEOREM:
-        parser.error(f"--model is the grid's; {THEOREM} has a model of its own")
+    if args.model is not None and (args.cell == THEOREM or CELLS[args.cell].model != "small"):
+        parser.error(f"--model is the small model of the grid's cells; {args.cell} has another one")
     if args.run:
         run(args.cell, args.model)
     print(theorem_table() if args.cell == THEOREM else table(args.cell))
