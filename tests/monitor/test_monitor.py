@@ -613,7 +613,7 @@ def make_trainer(recipe: Recipe) -> Any:
         weights_version=5,
         ahead=SimpleNamespace(times={}),
         timeline=SimpleNamespace(close=lambda: None),
-        checkpoints=SimpleNamespace(saved_step=1),
+        saving=SimpleNamespace(checkpoints=SimpleNamespace(saved_step=1)),
         filtered={},
         grades=[Grade(r["reward"], r["answer"], success=r["success"], logs=LOGS) for r in rows],
         experiences=[experience(rows[: 2 * GROUP], "dcpo"), experience(rows[2 * GROUP :], "dcpo")],
