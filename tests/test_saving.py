@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dcpo_openrlhf import signals
-from dcpo_openrlhf.checkpoint import Checkpoint, checkpoints
+from dcpo_openrlhf.checkpoint import checkpoints
 from dcpo_openrlhf.recipe.schema import Recipe
 from dcpo_openrlhf.saving import Saving
 
@@ -16,7 +16,7 @@ WRITE = "save_checkpoint"
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(saving, what it did in order): ranks that write one file at once, and finish when asked."""
+    """checkpoint's keys -> (saving, what it did in order); ranks write one file at once, and finish when asked."""
     did: list[str] = []
 
     def method(name: str, *folder: str) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_before_exit_the_last_finished_step_is_saved_with_the_policy_back_on_its
     saving.before_exit()
     assert did == ["stop_forward", "policy_back", "ahead 4", WRITE, "finish_checkpoint"]
     (point,) = checkpoints(tmp_path / "checkpoints")
-    assert isinstance(point, Checkpoint) and point.state() == {"step": 3} and point.scores() == {"reward_mean": 0.5}
+    assert point.state() == {"step": 3} and point.scores() == {"reward_mean": 0.5}
 
 
 def test_before_exit_a_checkpoint_in_flight_is_made_whole_and_made_once(made, tmp_path: Path) -> None:

@@ -415,7 +415,10 @@ def test_a_cell_is_made_again_from_its_own_start(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(archive, "RESULTS", tmp_path)
     monkeypatch.setattr("tools.reproduce.session.session", lambda: contextlib.nullcontext("engines"))
     monkeypatch.setattr(runner, "make", lambda run, engines, **kw: made.append({"run": run.name, **kw}))
-    monkeypatch.setattr(runner, "machine", lambda: "one core")
+    monkeypatch.setattr(runner, "processor_name", lambda: "X")
+    monkeypatch.setattr(runner.processor, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 1)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     put(tmp_path, "dcpo", 2, result([0.8] * 4))
     model = tmp_path / "model"
     with pytest.raises(SystemExit):
@@ -425,9 +428,9 @@ def test_a_cell_is_made_again_from_its_own_start(tmp_path: Path, monkeypatch: py
     (model / "config.json").write_text("{}")
     for options in (["--model", str(model)], []):
         assert again.main(["--run", *options]) == 0
-    where = "one core, the same start"
-    first = {"results": tmp_path / "again/one-core-the-same-start", "model": model, "where": where}
-    second = {"results": tmp_path / "again/one-core", "model": None, "where": "one core"}
+    assert runner.machine(model) == "1 cores X, bf16 units, the same start"
+    first = {"results": tmp_path / "again/1-cores-X-bf16-units-the-same-start", "model": model}
+    second = {"results": tmp_path / "again/1-cores-X-bf16-units", "model": None}
     assert made == [{"run": "small/dcpo/seed2", **first}, {"run": "small/dcpo/seed2", **second}]
     files = {"model.path": model, "task.train": model / "train.jsonl", "task.heldout": model / "heldout.jsonl"}
     assert runner.make_model("small", model) == {key: str(file) for key, file in files.items()}

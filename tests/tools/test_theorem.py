@@ -323,7 +323,7 @@ def test_what_was_made_again_lies_inside_or_not(tmp_path: Path) -> None:
 def test_a_second_machines_sums_have_a_folder_of_their_own(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     made: list[Path] = []
     monkeypatch.setattr(runner.archive, "RESULTS", tmp_path)
-    monkeypatch.setattr(runner, "machine", lambda: "one core")
+    monkeypatch.setattr(runner, "machine", lambda model: "one core")
     monkeypatch.setattr(runner, "make_gradients", made.append)
     assert again.main([again.THEOREM, "--run"]) == 0
     assert made == [tmp_path / "again/one-core"]

@@ -8,9 +8,11 @@ of the machine that made the cell, so that nothing but the machine differs.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
@@ -22,8 +24,6 @@ CELL = "dcpo"
 THEOREM = "theorem_3_1"
 EXACT = 1e-9
 """An interval that is narrower is of a number without error, which tells nothing."""
-SAME_START = ", the same start"
-"""What the record of a run with --model says after its machine."""
 MEASURES: dict[str, Measure] = {
     "H, last quarter [nats/token]": s.final_entropy,
     "right in training, T = 1, last quarter": s.final_success,
@@ -77,24 +77,23 @@ def theorem_table(results: Path | None = None) -> str:
     first = theorem.Numbers(once)
     lines = [row([f"{gradients.machine(root)}: intervals over problems that hold the mean of", *repeats])]
     lines.append(row(["---"] * (1 + len(repeats))))
+    later = [theorem.Numbers(found) for found in repeats.values()]
     for key, label in theorem.COLUMNS.items():
-        intervals = {
-            (weight, place): s.interval(first.of(weight, key, place))
-            for weight in gradients.WEIGHTS
-            for place in first.places
-        }
-        told = {where: found for where, found in intervals.items() if found.high - found.low > EXACT}
-        cells = []
-        for found in map(theorem.Numbers, repeats.values()):
-            means = {where: s.interval(found.of(where[0], key, where[1])).mean for where in told}
-            cells.append(f"{sum(told[w].low <= mean <= told[w].high for w, mean in means.items())} of {len(told)}")
-        lines.append(row([label, *cells]))
-    said = [claim.verdict for claim in theorem.claims(first)]
-    same = []
-    for found in repeats.values():
-        verdicts = [claim.verdict for claim in theorem.claims(theorem.Numbers(found))]
-        same.append(f"{sum(map(str.__eq__, said, verdicts))} of {len(said)}")
+        inside = [_inside(first, numbers, key) for numbers in later]
+        lines.append(row([label, *(f"{sum(found)} of {len(found)}" for found in inside)]))
+    said, *others = ([claim.verdict for claim in theorem.claims(numbers)] for numbers in (first, *later))
+    same = (f"{sum(a == b for a, b in zip(said, other, strict=True))} of {len(said)}" for other in others)
     return title + "\n".join([*lines, row(["claims that are told alike", *same])])
+
+
+def _inside(first: theorem.Numbers, later: theorem.Numbers, key: str) -> list[bool]:
+    """For each weight, T and n whose number has an error: does the first one's interval hold the later one's mean?"""
+    found = []
+    for weight, place in itertools.product(gradients.WEIGHTS, first.places):
+        interval = s.interval(first.of(weight, key, place))
+        if interval.high - interval.low > EXACT:
+            found.append(interval.low <= fmean(later.of(weight, key, place)) <= interval.high)
+    return found
 
 
 def _on(runs: Sequence[archive.Result]) -> str:
@@ -107,8 +106,7 @@ def run(cell: str, model: Path | None = None) -> None:
     from tools.reproduce import runner
     from tools.reproduce.session import session
 
-    where = runner.machine() + (SAME_START if model else "")
-    here = folder(where)
+    here = folder(runner.machine(model))
     if cell == THEOREM:
         runner.make_gradients(here)
         return
@@ -116,13 +114,13 @@ def run(cell: str, model: Path | None = None) -> None:
     missing = [Run(CELLS[cell], seed) for seed in archive.committed(CELLS[cell]) if seed not in done]
     with session() as shared:
         for each in missing:
-            runner.make(each, shared, results=here, model=model, where=where)
+            runner.make(each, shared, results=here, model=model)
             print(f"{each.name} is made again", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.reproduce.again", description="A cell's runs on a second machine."
+        prog="python -m tools.reproduce.again", description="A cell's runs, or theorem_3_1, on a second machine."
     )
     parser.add_argument(
         "cell", nargs="?", choices=[*CELLS, THEOREM], default=CELL, metavar="CELL", help="default: %(default)s"

@@ -68,12 +68,10 @@ def make_small_model(name: str) -> Path:
     return folder
 
 
-def make(
-    run: Run, session: "Session", *, results: Path | None = None, model: Path | None = None, where: str | None = None
-) -> archive.Result:
+def make(run: Run, session: "Session", *, results: Path | None = None, model: Path | None = None) -> archive.Result:
     """Train the run to its end, or the rest of it, and put its numbers into the archive, or into another one.
 
-    model: a small model's folder in place of this machine's own; where: what its record says in place of `machine()`.
+    model: a small model's folder in place of this machine's own.
     """
     folder = folder_of(run, results)
     own = make_model(run.cell.model, model) | {"run.dir": str(folder), "checkpoint.resume": "auto"}
@@ -81,7 +79,7 @@ def make(
     recipe = load_recipe(RECIPES[run.cell.model], overrides)
     begin = time.monotonic()
     session.train(recipe, then=lambda trainer: count_right(trainer, folder / COUNTS))
-    result = collected(run, folder, minutes=(time.monotonic() - begin) / 60, where=where or machine())
+    result = collected(run, folder, minutes=(time.monotonic() - begin) / 60, where=machine(model))
     archive.write(archive.file_of(run, results), result)
     return result
 
@@ -109,11 +107,14 @@ def collected(run: Run, folder: Path, *, minutes: float, where: str) -> archive.
     return archive.Result(about, list(metrics(folder).values()), evaluations, counts)
 
 
-def machine() -> str:
-    """Processor, cores, whether it multiplies bf16, and what it is held to."""
+def machine(model: Path | None = None) -> str:
+    """Processor, cores, whether it multiplies bf16, what it is held to, and whether a run began with another one's
+    small model.
+    """
     units = "bf16 units" if processor.multiplies_bf16() else "no bf16 units"
     held = os.environ.get("ATEN_CPU_CAPABILITY", "")
-    return f"{os.cpu_count()} cores {processor_name()}, {units}{f', held to {held.upper()}' if held else ''}"
+    more = f", held to {held.upper()}" * bool(held) + ", the same start" * (model is not None)
+    return f"{os.cpu_count()} cores {processor_name()}, {units}{more}"
 
 
 @contextmanager

@@ -7,7 +7,19 @@ from statistics import fmean
 
 from tools.reproduce import archive, gradients, theorem
 from tools.reproduce import statistics as s
-from tools.reproduce.grid import AFTERWARDS, CELLS, LEVELS, OTHERS, QUESTIONS, SEEDS, SLOW_GRPO, SOLVED, TARGET, Run
+from tools.reproduce.grid import (
+    AFTERWARDS,
+    CELLS,
+    LEVELS,
+    LONG,
+    OTHERS,
+    QUESTIONS,
+    SEEDS,
+    SLOW_GRPO,
+    SOLVED,
+    TARGET,
+    Run,
+)
 from tools.reproduce.report import (
     Claim,
     Measure,
@@ -51,20 +63,11 @@ class Table:
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def held(results: Results, cell: str) -> s.Verdict:
-    """Does the entropy stay near H_0?"""
-    error = over_seeds(results, cell, distance)
-    if error is None:
+def below(found: s.Interval | None, bound: float) -> s.Verdict:
+    """Is the whole interval below the bound?"""
+    if found is None:
         return "not run yet"
-    return s.sign_of(s.Interval(HOLDS - error.mean, HOLDS - error.high, HOLDS - error.low, error.seeds))
-
-
-def collapsed(results: Results, cell: str) -> s.Verdict:
-    """Does it fall far below H_0?"""
-    final = over_seeds(results, cell, relative_entropy)
-    if final is None:
-        return "not run yet"
-    return s.sign_of(s.Interval(COLLAPSES - final.mean, COLLAPSES - final.high, COLLAPSES - final.low, final.seeds))
+    return s.sign_of(s.Interval(bound - found.mean, bound - found.high, bound - found.low, found.seeds))
 
 
 def has_target(run: archive.Result) -> bool:
@@ -98,9 +101,9 @@ def _seeds(count: int) -> str:
 
 def entropy_claim(results: Results, cell: str, does: str) -> Claim:
     """`cell` holds or collapses."""
-    verdict = held(results, cell) if does == "holds" else collapsed(results, cell)
-    error, what = (over_seeds(results, cell, measure) for measure in (distance, relative_entropy))
-    because = "" if what is None else f"H ends at {shown(what, 2)} of H_0, {what.seeds} {_seeds(what.seeds)}"
+    error, end = (over_seeds(results, cell, measure) for measure in (distance, relative_entropy))
+    verdict = below(error, HOLDS) if does == "holds" else below(end, COLLAPSES)
+    because = "" if end is None else f"H ends at {shown(end, 2)} of H_0, {end.seeds} {_seeds(end.seeds)}"
     if does == "holds" and error is not None:
         because = f"mean abs(H - H_0) / H_0 is {shown(error, 2)}, {because}"
     return Claim(f"{CELLS[cell].label} {does}", verdict, because)
@@ -114,6 +117,10 @@ ENTROPY: dict[str, Measure] = {
 SCORES: dict[str, Measure] = {
     "held-out accuracy, T = 0.1": s.accuracy,
     "right in training, T = 1": s.final_success,
+}
+BEFORE: dict[str, Measure] = {
+    "held-out accuracy before": s.accuracy_before,
+    "right at step 1, T = 1": lambda run: run.series("rollout/success_rate")[0],
 }
 
 
@@ -144,7 +151,7 @@ def figure_1(table: Table, results: Results, folder: Path) -> Report:
 def figure_2(table: Table, results: Results, folder: Path) -> Report:
     curves(results, table.labels(), folder / "figure_2.svg", panels=CURVES, targets=list(LEVELS))
     names = list(LEVELS.values())
-    follows = s.all_of([held(results, name) for name in names])
+    follows = s.all_of([below(over_seeds(results, name, distance), HOLDS) for name in names])
     measured = {name: over_seeds(results, name, s.accuracy) for name in names}
     text = "accuracy is best at a moderate H_0"
     best = Claim(text, "not run yet")
@@ -303,19 +310,24 @@ def precision(table: Table, results: Results, folder: Path) -> Report:
 
 def afterwards(table: Table, results: Results, folder: Path) -> Report:
     """What entropy that was held is worth, and whether it stays held, after four times as many steps."""
-    curves(results, table.labels(), folder / "afterwards.svg", panels=CURVES, targets=_targets(results))
+    *cells, early = table.cells
+    curves(results, table.labels(cells), folder / "afterwards.svg", panels=CURVES, targets=_targets(results))
     scores = {"Avg@128": s.average_at_k, f"Pass@{KS[-1]}": lambda run: s.passed_at(run, KS[-1])}
-    grpo, *others = table.cells
+    grpo, *others = cells
     claims = [entropy_claim(results, grpo, "collapses")]
+    text = f"{CELLS[early].label}: a higher Avg@128 after 60 steps than after {LONG}"
+    claims.append(larger(results, early, grpo, s.average_at_k, text))
     for name in others:
         claims.append(entropy_claim(results, name, "holds"))
         for text, measure in (scores | {"held-out accuracy": s.accuracy}).items():
             claims.append(larger(results, name, grpo, measure, f"{CELLS[name].label}: a higher {text} than grpo"))
+        text = f"{CELLS[name].label}: fewer right answers in training than grpo"
+        claims.append(larger(results, grpo, name, s.final_success, text))
     return Report(
         table.name,
         "Afterwards: four times as many steps",
         claims,
-        **columns_of(results, table.labels(), ENTROPY | SCORES | scores),
+        **columns_of(results, table.labels(), ENTROPY | BEFORE | SCORES | scores),
         figure="afterwards.svg",
     )
 
@@ -326,13 +338,13 @@ def solved(table: Table, results: Results, folder: Path) -> Report:
     grpo, dcpo, paper = table.cells
     claims = [entropy_claim(results, paper, "holds"), entropy_claim(results, dcpo, "holds")]
     for name in (paper, dcpo):
-        text = f"{CELLS[name].label}: keeps more entropy than grpo"
-        claims.append(larger(results, name, grpo, s.final_entropy, text))
+        for what, measure in {"entropy": s.final_entropy, "held-out accuracy": s.accuracy}.items():
+            claims.append(larger(results, name, grpo, measure, f"{CELLS[name].label}: keeps more {what} than grpo"))
     return Report(
         table.name,
         "A task that is nearly solved: do the paper's constants hold the entropy there?",
         claims,
-        **columns_of(results, table.labels(), ENTROPY | {"pull": s.pull} | SCORES),
+        **columns_of(results, table.labels(), ENTROPY | {"pull": s.pull} | BEFORE | SCORES),
         figure="solved.svg",
     )
 
@@ -375,7 +387,7 @@ TABLES: dict[str, Table] = {
         Table("theorem_3_1", [], theorem_3_1),
         Table("questions", ["dcpo", *_ASKED, SLOW_GRPO.name], questions),
         Table("precision", [*LEVELS.values(), *_ASKED], precision),
-        Table("afterwards", [cell.name for cell in AFTERWARDS], afterwards),
+        Table("afterwards", [*(cell.name for cell in AFTERWARDS), "grpo"], afterwards),
         Table("solved", [cell.name for cell in SOLVED], solved),
         Table("smollm2", ["dcpo-demo", "grpo-demo"], headline),
     )

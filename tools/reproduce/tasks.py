@@ -132,7 +132,7 @@ Task = Sums | Signs
 """What a small model is taught, sampled and graded on."""
 SUMS, SIGNS = Sums(), Signs()
 EASY = replace(SUMS, wrong=4)
-"""The same problems for the same model, which is right in 92 % of its samples here."""
+"""The same problems for the same model, which is right in nine of ten samples here."""
 Rows = Sequence[tuple[str, str, str, str, Any]]
 """(prompt, response, answer, source, metadata) of each response: what a reward.function is called with."""
 
